@@ -1,0 +1,1 @@
+"""Two models at a time: students, bridges, and circuits compared across them."""

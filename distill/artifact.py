@@ -1,0 +1,493 @@
+"""Everything written to disk: folders with a manifest, tensor files, JSON, locks, fingerprints.
+
+A reader sees a whole artifact or none. Writing goes to a hidden sibling `.{name}.partial-{pid}`, is flushed to the
+disk and takes its name by one rename; what a killed process left behind is cleared when the same path is written
+again. `manifest.json` is written last and lists the size and sha256 of every file beside it, so that a load needs
+the path alone and notices every missing, cut or changed file. Whatever is wrong with a file is an `ArtifactError`.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata as packages
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+KINDS = ("model", "tokens", "circuit", "bridge", "report", "run")
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 64 * 2**20
+_LOCK = ".lock"
+_PACKAGES = ("distill-bridges", "torch", "transformers", "numpy")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+class ArtifactError(ValueError):
+    """A file or folder that cannot be read or must not be written, said in one line that names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where an artifact comes from; format version and library versions are added on writing."""
+
+    kind: str
+    """One of `KINDS`."""
+    command: str
+    """The command that made it, as a person would type it."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    seed: int | None
+    """Seed of every random choice, None where there is none."""
+    data: str | None
+    """Fingerprint of the data, None where there is none."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else worth knowing."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ArtifactError(f"kind: got {self.kind!r}, allowed are {', '.join(KINDS)}")
+
+    def record(self) -> dict[str, Any]:
+        """The fields as a dict, for `save_tensors(path, tensors, {**provenance.record(), ...})`."""
+        return {name: getattr(self, name) for name in ("kind", "command", "config", "seed", "data", "extra")}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result; "not installed" where there is none."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        found[name] = "not installed"
+        with suppress(packages.PackageNotFoundError):
+            found[name] = packages.version(name)
+    return found
+
+
+def default_out(name: str) -> Path:
+    """The output folder of a recipe that was given no `--out`: `runs/{name}`."""
+    return Path("runs") / name
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = False) -> Iterator[Path]:
+    """Fill a new folder that appears at `path` whole, or not at all.
+
+    Arguments:
+        path: where the folder shall stand; its parents are made.
+        provenance: goes into the manifest, which is written after the body has ended.
+        replace: swap out an earlier artifact of the same kind (with all that lies in it) in one step.
+
+    Yields a temporary sibling to write into. Any exception, Ctrl-C included, removes it and leaves `path` as it was.
+    Raises `ArtifactError` when `path` exists and `replace` is off, when it is no artifact of this kind (nothing else
+    is ever deleted), when this process already writes it, or when the body left a link or its own manifest.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    _check_free(path, provenance.kind, replace)
+    partial = _partial(path)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise ArtifactError(f"{path}: this process is already writing it") from None
+    claim = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        yield partial
+        if (partial / MANIFEST).exists():
+            raise ArtifactError(f"{path}: {MANIFEST} is written by the folder itself, choose another file name")
+        write_manifest(partial, provenance)
+        for folder, _, names in os.walk(partial):
+            for entry in (*(Path(folder) / name for name in names), Path(folder)):
+                _sync(entry)
+        _check_free(path, provenance.kind, replace)
+        if path.exists():
+            _exchange(partial, path)
+        else:
+            os.rename(partial, path)
+        _sync(path.parent)
+    finally:
+        # After a swap the earlier artifact lies here; after a failure, what the body wrote.
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(claim)
+
+
+def write_manifest(folder: str | Path, provenance: Provenance) -> None:
+    """Write (anew) the manifest of a folder that grows in place, such as a training run; see `fresh_folder`.
+
+    Lists every file but hidden ones (`.lock`). Raises `ArtifactError` for a link, which would not travel.
+    """
+    folder = Path(folder)
+    files = {}
+    for entry in sorted(folder.rglob("*")):
+        name = entry.relative_to(folder).as_posix()
+        if entry.is_symlink():
+            raise ArtifactError(f"{folder}: {name} is a link, only files and folders can be kept")
+        if entry.is_file() and name != MANIFEST and not any(part.startswith(".") for part in PurePosixPath(name).parts):
+            files[name] = {"bytes": entry.stat().st_size, "sha256": _sha256(entry)}
+    head = {"kind": provenance.kind, "format_version": FORMAT_VERSION, "provenance": provenance.record()}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(folder / MANIFEST, {**head, "versions": versions(), "created": created, "files": files})
+
+
+def read_manifest(folder: str | Path, kind: str | None = None, verify: bool = True) -> dict[str, Any]:
+    """The checked manifest of a folder made by `fresh_folder` or `write_manifest`.
+
+    Arguments:
+        folder: the artifact.
+        kind: what it must be, one of `KINDS`; None takes any.
+        verify: also hash every file (existence and size are always checked).
+
+    Raises `ArtifactError` for a missing folder or manifest, another kind, a newer format, a name that leads out of
+    the folder, and a file that is missing or not as it was written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    manifest = read_json(folder / MANIFEST, what="manifest")
+    _check_head(folder / MANIFEST, manifest, kind)
+    if manifest["kind"] not in KINDS:
+        raise ArtifactError(f"{folder / MANIFEST}: kind {manifest['kind']!r}, known are {', '.join(KINDS)}")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{folder / MANIFEST}: 'files' must be an object of file names")
+    for name, entry in files.items():
+        _check_file(folder, name, entry, verify)
+    return manifest
+
+
+def remove_folder(path: str | Path, kind: str) -> None:
+    """Delete an artifact of this kind (for `--overwrite`). Raises `ArtifactError` for anything else, untouched."""
+    path = Path(path).resolve()
+    if path.exists():
+        _check_free(path, kind, replace=True)
+        aside = _partial(path)
+        os.rename(path, aside)  # one step: a kill midway leaves a partial, never half an artifact
+        shutil.rmtree(aside)
+
+
+def _check_free(path: Path, kind: str, replace: bool) -> None:
+    """Refuse a path that is taken; with `replace`, one that is not an earlier artifact of this kind."""
+    if not path.exists():
+        return
+    if not replace:
+        raise ArtifactError(f"{path}: exists already, choose another folder or ask to overwrite it")
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: is no folder and will not be overwritten")
+    if not any(path.iterdir()):
+        return
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path}: will not be overwritten, it holds files but no {MANIFEST}, so it is not ours")
+    _check_head(path / MANIFEST, read_json(path / MANIFEST, what="manifest"), kind)
+
+
+def _check_head(path: Path, head: Any, kind: str | None) -> None:
+    """Refuse a head (manifest or tensor metadata) of unknown shape, a newer format or another kind."""
+    if not isinstance(head, dict) or not isinstance(head.get("kind"), str):
+        raise ArtifactError(f"{path}: holds no 'kind', so it is no artifact of distill-bridges")
+    version = head.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"{path}: format_version {version!r}, allowed are 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(f"{path}: format {version} is newer than {FORMAT_VERSION}, the newest this version reads")
+    if kind is not None and head["kind"] != kind:
+        raise ArtifactError(f"{path}: is of kind {head['kind']!r}, needed is {kind!r}")
+
+
+def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name or "\\" in name or not parts.parts:
+        raise ArtifactError(f"{folder / MANIFEST}: file name {name!r} leads out of the folder")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder / MANIFEST}: file {name!r} is a link out of the folder")
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+        raise ArtifactError(f"{folder / MANIFEST}: entry of {name!r} must hold 'bytes' and 'sha256'")
+    if not path.is_file():
+        raise ArtifactError(f"{path}: is missing, the manifest lists it")
+    if path.stat().st_size != entry["bytes"]:
+        raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+    if verify and _sha256(path) != entry["sha256"]:
+        raise ArtifactError(f"{path}: its sha256 is not the one in the manifest, the file was changed or damaged")
+
+
+# --- single files ----------------------------------------------------------------------------------------------------
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON in one step, keys in the given order; paths, dataclasses and numpy scalars are made plain.
+
+    Raises `ArtifactError` for NaN and infinities, which JSON cannot hold, and for a value nested in itself.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be written as JSON: {error}") from None
+    with _fresh_file(Path(path)) as partial:
+        partial.write_bytes(text.encode() + b"\n")
+
+
+def read_json(path: str | Path, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read JSON that somebody else may have written.
+
+    Arguments:
+        what: what the file should be, for the message ("manifest", "task").
+        max_bytes: largest size taken.
+
+    Raises `ArtifactError` for a file that is missing, too large, not UTF-8, not JSON (NaN is not), or nested too deep.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such {what} file")
+    if path.stat().st_size > max_bytes:
+        raise ArtifactError(f"{path}: {what} of {path.stat().st_size} bytes, allowed are {max_bytes}")
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ArtifactError(f"{path}: {what} is nested too deep") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {what} is not JSON: {error}") from None
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and their description to one safetensors file, in one step.
+
+    Arguments:
+        tensors: name to dense tensor; views and shared storages are written out, each in full.
+        metadata: JSON values, `kind` among them (any word); format version, versions and a fingerprint are added.
+
+    Raises `ArtifactError` without a kind, for a sparse tensor, and for metadata that JSON cannot hold.
+    """
+    if not isinstance(metadata.get("kind"), str):
+        raise ArtifactError(f"{path}: metadata.kind must be a word that says what the file is")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ArtifactError(f"{path}: tensor {name!r} has layout {tensor.layout}, only dense ones can be written")
+    # Cloned, because safetensors refuses tensors that share memory (tied weights, expanded views).
+    whole = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    added = {"format_version": FORMAT_VERSION, "versions": versions(), "sha256": fingerprint(whole)}
+    try:
+        head = json.dumps({**metadata, **added}, allow_nan=False, default=_plain)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: metadata cannot be written as JSON: {error}") from None
+    with _fresh_file(Path(path)) as partial:
+        save_file(whole, partial, metadata={"distill": head})
+
+
+def load_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and metadata of a file by `save_tensors`.
+
+    Arguments:
+        kind: what the file must be.
+
+    Raises `ArtifactError` for a file that is missing, cut, damaged, of another kind or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such {kind} file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("distill", "null"), parse_constant=_refuse_constant)
+            _check_head(path, head, kind)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except ArtifactError:
+        raise
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: is no readable {kind} file: {error}") from None
+    if fingerprint(tensors) != head.get("sha256"):
+        raise ArtifactError(f"{path}: its tensors are not the ones that were written, the file was changed or damaged")
+    return tensors, head
+
+
+def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line (`metrics.jsonl`). A line that a killed process left half written is dropped.
+
+    Raises `ArtifactError` for NaN and infinities.
+    """
+    try:
+        line = json.dumps(record, allow_nan=False, default=_plain).encode() + b"\n"
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be written as JSON: {error}") from None
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+
+
+def fingerprint(value: Mapping[str, Any]) -> str:
+    """sha256 (hex) of names and values, whatever the order of the names.
+
+    Arguments:
+        value: names to tensors (dtype, shape and bytes count), arrays, str, int, float, bool, None, paths, or mappings
+            and sequences of these; a tuple counts as the list that JSON would make of it.
+
+    Raises `ArtifactError` for a value of another type.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, value, "value")
+    return digest.hexdigest()
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` (made where it is missing) for this process, until the body ends or the process does.
+
+    Raises `ArtifactError` that names folder and process when another run holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise ArtifactError(f"{folder}: in use by another run (process {holder})") from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        yield
+        os.ftruncate(file, 0)
+    finally:
+        os.close(file)  # releases the lock; the file stays, for removing it would race with the next holder
+
+
+# --- below the surface -----------------------------------------------------------------------------------------------
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of earlier tries at `path`; one that still writes holds a lock on its own."""
+    if _aside(path).exists():  # killed between the renames of `_exchange`
+        os.rename(_aside(path), path if not path.exists() else _partial(path))
+    prefix = f".{path.name}.partial-"
+    for entry in list(path.parent.iterdir()):
+        pid = entry.name.removeprefix(prefix)
+        if entry.name == pid or not pid.isdecimal() or (int(pid) != os.getpid() and _alive(int(pid))):
+            continue
+        with suppress(FileNotFoundError):
+            file = os.open(entry, os.O_RDONLY)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(file)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@contextmanager
+def _fresh_file(path: Path) -> Iterator[Path]:
+    """A sibling to write to, which takes the name `path` when the body ends well."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    partial = _partial(path)
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _exchange(partial: Path, path: Path) -> None:
+    """Swap two folders: in one step where the kernel can (Linux), else by two renames."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not libc.renameat2(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE):
+            return
+    os.rename(path, _aside(path))
+    os.rename(partial, path)
+    os.rename(_aside(path), partial)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.aside")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of the few other types that configurations hold."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _feed(digest: Any, value: Any, where: str) -> None:
+    """Hash a value behind its type and length, so that no two values run into each other."""
+    if isinstance(value, Mapping):
+        digest.update(f"map {len(value)};".encode())
+        for name in sorted(value):
+            _feed(digest, name, where)
+            _feed(digest, value[name], f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)};".encode())
+        for index, item in enumerate(value):
+            _feed(digest, item, f"{where}[{index}]")
+    elif isinstance(value, Tensor | np.ndarray):
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        digest.update(f"tensor {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif value is None or isinstance(value, str | int | float | Path | np.generic):
+        plain = value.item() if isinstance(value, np.generic) else value
+        text = str(plain).encode(errors="surrogatepass")
+        digest.update(f"{type(plain).__name__ if not isinstance(plain, Path) else 'str'} {len(text)};".encode() + text)
+    else:
+        raise ArtifactError(f"{where}: a fingerprint takes tensors, text, numbers and None, got {type(value).__name__}")

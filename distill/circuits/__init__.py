@@ -1,0 +1,1 @@
+"""Tasks, circuits and the tests of how faithful a circuit is."""

@@ -1,0 +1,136 @@
+"""What a task asks of a model: the logits of two answers at the last token of a prompt, and the loss on them.
+
+The task loss is the two-way cross-entropy between the right and the wrong answer, mean over prompts; chance is
+ln 2 = 0.693 nats. Both members of each pair count [G 2.2].
+
+Calibration is two numbers fitted on training prompts [G A.5]: a scale >= 0 on the difference of the two logits, and a
+shift of the first class's logit against the second's. The shift is tied to the *class* of the answer, never to right
+against wrong, which would tell the answer away; there is none where the answer tokens vary from pair to pair.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from distill.circuits.ablation import NonFiniteError
+from distill.circuits.tasks import TaskBatch, logit_difference
+from distill.model.run import Runnable
+from distill.model.sites import Tap, chain
+
+CHANCE = math.log(2)
+"""Task loss of a model that cannot tell the two answers apart, in nats."""
+LBFGS_STEPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """d -> scale * d + orientation * shift, for d the logit of the right answer minus that of the wrong one."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __call__(self, difference: Float[Tensor, "n"], orientation: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        return self.scale * difference + self.shift * orientation
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode with no gradients to its weights; both are put back at the end."""
+    training = model.training
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+        model.train(training)
+
+
+def take(batch: TaskBatch, pairs: Int[Tensor, "n"]) -> TaskBatch:
+    """Some pairs of a batch, both members of each, without the padding that these do not need."""
+    chosen = batch.select_pairs(pairs)
+    length = int(chosen.last.max()) + 1
+    return replace(chosen, tokens=chosen.tokens[:, :length], attention_mask=chosen.attention_mask[:, :length])
+
+
+def answer_logits(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> Float[Tensor, "n V"]:
+    """Logits over the vocabulary at the last token of each prompt.
+
+    Only these positions are unembedded. Prompts are padded on the right and attention is causal, so the padding is
+    out of reach of the last token and needs no mask.
+    """
+    device = next(model.parameters()).device
+    tokens, last = batch.tokens.to(device), batch.last.to(device)
+    rows = torch.arange(len(tokens), device=device)
+    residual = model.run(tokens, tap=tap, stop="final_resid")[rows, last]
+    return model.readout(residual, tokens[rows, last])
+
+
+def answer_difference(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> Float[Tensor, "n"]:
+    """Logit of the right answer minus that of the wrong one, per prompt, from one run of the model.
+
+    NonFiniteError names the first place in the run where an activation is not finite.
+    """
+    logits = answer_logits(model, batch, tap)
+    difference = logit_difference(logits, batch.to(logits.device))
+    if not bool(difference.isfinite().all()):
+        raise NonFiniteError(f"{_first_broken(model, batch, tap)}: activations are not finite on the task's prompts")
+    return difference
+
+
+def two_way_loss(difference: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Two-way cross-entropy of right against wrong: mean of log(1 + exp(-difference)), in nats per prompt."""
+    return softplus(-difference).mean()
+
+
+def calibrate(difference: Float[Tensor, "n"], orientation: Float[Tensor, "n"], *, shift: bool = True) -> Calibration:
+    """Scale >= 0 and shift of least task loss on the prompts given, by 16 steps of L-BFGS [G A.5].
+
+    The loss is convex, so where the free optimum has a negative scale the bound is active: the scale is 0 and the
+    shift is fitted alone. With `shift` off, or `orientation` 0, only the scale is fitted.
+    """
+    difference, orientation = difference.detach().double().cpu(), orientation.double().cpu()
+    shift = shift and bool(orientation.any())
+    fitted = _fit(difference, orientation, scale=True, shift=shift)
+    if fitted.scale >= 0:
+        return fitted
+    return replace(_fit(difference, orientation, scale=False, shift=True) if shift else fitted, scale=0.0)
+
+
+def _fit(difference: Tensor, orientation: Tensor, *, scale: bool, shift: bool) -> Calibration:
+    start = torch.tensor([1.0 if scale else 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    used = torch.tensor([scale, shift], dtype=torch.float64)
+    optimizer = torch.optim.LBFGS([start], max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        free = start * used
+        loss = two_way_loss(free[0] * difference + free[1] * orientation)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    fitted = (start * used).detach()
+    return Calibration(scale=float(fitted[0]), shift=float(fitted[1]))
+
+
+@torch.no_grad()
+def _first_broken(model: Runnable, batch: TaskBatch, tap: Tap | None) -> str:
+    """The first site of a run that is handed something not finite."""
+    found: list[str] = []
+
+    def look(site: str, x: Tensor, /) -> Tensor:
+        if not bool(x.isfinite().all()):
+            found.append(site)
+        return x
+
+    answer_logits(model, batch, look if tap is None else chain(look, tap))
+    return found[0] if found else "logits"

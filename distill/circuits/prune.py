@@ -1,0 +1,463 @@
+"""Pruning: from a model and a task to a small circuit in one run [G 2.2, A.5].
+
+In the order of the code:
+
+1. *Learn* a mask per node: minimise task loss + coefficient * (number of kept nodes). The coefficient is fixed, as in
+   the source, or is found on the way: the constraint controller raises the price of a node while the loss is under the
+   target and lowers it while the loss is above, so that there is nothing to tune.
+2. *Discretise*: rank the nodes by tau and find, on one fixed batch of validation prompts, the smallest number of
+   nodes whose task loss meets the target: a grid first, as the loss is not monotone in the number kept, then bisection.
+   From here on pruned channels do not compete for AbsTopK slots.
+3. *Clean up*: remove further nodes, those first of which the gradient says that they matter least, in batches that grow
+   while the target still holds and halve where it does not, down to single nodes.
+4. *Calibrate*: fit scale and shift of the answers' logit difference on training prompts.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from distill.circuits.ablation import Means, MeansMismatchError
+from distill.circuits.answers import (
+    CHANCE,
+    Calibration,
+    answer_difference,
+    calibrate,
+    frozen,
+    take,
+    two_way_loss,
+)
+from distill.circuits.circuit import Circuit
+from distill.circuits.masks import MaskTap, NodeMasks, Nodes, all_nodes
+from distill.circuits.tasks import Task, TaskBatch, encode
+from distill.model.run import Runnable
+
+OBJECTIVES = ("paper",)
+CONTROLLERS = ("constraint", "coefficient")
+RELATIVE = 0.83
+"""Share of the way from chance to the full model that a circuit has to keep under a relative target."""
+LABEL_BETTER = "better than the model: not faithful"
+
+
+class TargetError(ValueError):
+    """No circuit of the ranking found meets the target; the message says what was reached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How a circuit is searched for [G A.5]; every value is checked when it is made."""
+
+    target: float = 0.15
+    """Task loss that the circuit has to meet, in nats per prompt (chance is 0.693)."""
+    relative: bool = False
+    """Take ln 2 - 0.83 (ln 2 - loss of the full model) as the target instead, for models out of reach of `target`."""
+    objective: str = "paper"
+    """What has to hold: paper (task loss with everything else ablated)."""
+    controller: Literal["constraint", "coefficient"] = "constraint"
+    """How a node is priced: constraint (the price follows the target) or coefficient (`k_coef`, as in the source)."""
+    k_coef: float = 1e-4
+    """Price of a node in nats: fixed under coefficient, the starting point under constraint."""
+    price_rate: float = 0.02
+    """Largest change of the logarithm of the price in one step, under constraint."""
+    smoothing: float = 0.9
+    """Decay of the running mean of the loss that the price follows, in [0, 1)."""
+    steps: int = 150
+    """Optimiser steps."""
+    pairs: int = 16
+    """Pairs of prompts per step; each pair is two prompts."""
+    train_pairs: int = 256
+    """Pairs of the training split to draw steps from."""
+    val_pairs: int = 32
+    """Pairs of the validation split that decide which nodes stay."""
+    lr: float = 1e-2
+    """Learning rate of tau at its peak."""
+    weight_decay: float = 1e-3
+    """Weight decay of tau."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises; it falls linearly to 0 afterwards."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient of tau."""
+    init_bias: float = 0.1
+    """Mean of tau at the start."""
+    init_noise: float = 1e-2
+    """Standard deviation of tau at the start."""
+    temperature: float = 1.0
+    """Temperature of the surrogate gradient's sigmoid."""
+    tie_qk: bool = True
+    """Whether channel c of q and of k share one mask where the two are equally wide."""
+    calibrated: bool = False
+    """Whether the target is judged after calibration; both losses are reported either way."""
+    margin: float = 0.0
+    """Standard errors of the validation loss that have to fit under the target on top of the loss."""
+    clean_up: int = 60
+    """Most validation runs spent on removing nodes after discretising; 0 leaves the clean-up out."""
+    time_budget: float | None = None
+    """Seconds to stay within, by fewer steps and a shorter clean-up; results then depend on the machine's speed."""
+    seed: int = 0
+    """Seed of masks, prompts and their order."""
+
+    def __post_init__(self) -> None:
+        _require(self.objective in OBJECTIVES, "objective", self.objective, ", ".join(OBJECTIVES))
+        _require(self.controller in CONTROLLERS, "controller", self.controller, ", ".join(CONTROLLERS))
+        for name in ("target", "k_coef", "lr", "grad_clip", "temperature"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "numbers above 0")
+        for name in ("price_rate", "weight_decay", "init_noise", "margin"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "0 and more")
+        for name in ("smoothing", "beta1", "beta2", "warmup"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "numbers in [0, 1)")
+        for name in ("steps", "pairs", "train_pairs", "val_pairs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
+        _require(self.clean_up >= 0, "clean_up", self.clean_up, "0 and more")
+        _require(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "numbers in [-1, 1]")
+        budget = self.time_budget
+        _require(budget is None or budget > 0, "time_budget", budget, "numbers above 0, or none")
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}")
+
+
+def prune(
+    model: Runnable,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    means: Means,
+    config: PruneConfig,
+    *,
+    model_name: str = "",
+) -> Circuit:
+    """Finds a small circuit of `model` for `task` whose loss meets `config.target` [G 2.2, A.5].
+
+    Learns and calibrates on the task's training split, decides on its validation split; the test split is left for
+    judging. `means` are the ablation values (`node_means`), `model_name` is for people. The model's weights are left
+    untouched. See `prune_batches` for what is raised.
+    """
+    train, val = (
+        encode(task, tokenizer, split, min(pairs, task.size(split)), config.seed, context=model.context)
+        for split, pairs in (("train", config.train_pairs), ("val", config.val_pairs))
+    )
+    return prune_batches(model, task.name, train, val, means, config, model_name=model_name)
+
+
+def prune_batches(
+    model: Runnable,
+    task_name: str,
+    train: TaskBatch,
+    val: TaskBatch,
+    means: Means,
+    config: PruneConfig,
+    *,
+    model_name: str = "",
+) -> Circuit:
+    """`prune` on prompts that are encoded already.
+
+    MeansMismatchError where `means` belong to another model; NonFiniteError naming the place where an activation is not
+    finite; TargetError where nothing that was found meets the target; ValueError for an empty batch.
+    """
+    _require(min(train.n_pairs, val.n_pairs) > 0, "task", task_name, "tasks with at least one pair per split")
+    fingerprint = model.fingerprint()
+    if means.model != fingerprint:
+        raise MeansMismatchError(f"means: measured on model {means.model[:12]}, but {fingerprint[:12]} is to be pruned")
+    clock = _Clock(config.time_budget)
+    with frozen(model):
+        judge = _Judge(model, means, train, val, config)
+        full, empty = judge.loss(None), judge.loss(all_nodes(model.widths, keep=False))
+        target = target_for(config, full)
+        masks = learn(model, train, means, config, target, clock.share(0.7))
+        seconds = {"learn": clock.lap()}
+        kept = discretise(masks, judge, target, full)
+        kept_before = int(masks.count[kept].sum())
+        seconds["discretise"] = clock.lap()
+        kept = clean_up(masks, kept, judge, target, config.clean_up, clock.share(1.0))
+        seconds["clean_up"] = clock.lap()
+        nodes = as_nodes(masks, kept)
+        losses = {"full": full, "empty": empty} | judge.report(nodes)
+        calibration = judge.calibration(nodes)
+    return Circuit(
+        model=fingerprint,
+        model_name=model_name,
+        task=task_name,
+        nodes=nodes,
+        scores={location: score.detach().cpu() for location, score in masks.spread(masks.tau).items()},
+        means=means,
+        calibration=calibration,
+        losses=losses,
+        target=target,
+        provenance={
+            "config": asdict(config),
+            "seed": config.seed,
+            "label": LABEL_BETTER if target < full else "",
+            "ablation": "mean per position" if means.per_position else "mean",
+            "norms": "free",
+            "nodes_before_clean_up": kept_before,
+            "validation_runs": judge.runs,
+            "seconds": seconds,
+        },
+    )
+
+
+def target_for(config: PruneConfig, full: float) -> float:
+    """The target in nats: `config.target`, or with `config.relative` ln 2 - 0.83 (ln 2 - full).
+
+    ValueError for a relative target where the full model does no better than chance.
+    """
+    if not config.relative:
+        return config.target
+    _require(full < CHANCE, "relative", f"a full model at {full:.3f} nats", f"full models under chance, {CHANCE:.3f}")
+    return CHANCE - RELATIVE * (CHANCE - full)
+
+
+class Price:
+    """Price of a node in nats: fixed, or following the target.
+
+    Under constraint the objective is (number of nodes) + lambda * loss, and the price is 1 / lambda. Each step adds
+    price_rate * clip(log(EMA(loss) / target), -1, 1) to log lambda.
+    """
+
+    def __init__(self, config: PruneConfig, target: float) -> None:
+        self.config, self.target = config, target
+        self.value = config.k_coef
+        self.mean: float | None = None
+
+    def update(self, loss: float) -> None:
+        """Takes in the task loss of one step."""
+        if self.config.controller == "coefficient":
+            return
+        decay = self.config.smoothing
+        self.mean = loss if self.mean is None else decay * self.mean + (1 - decay) * loss
+        excess = math.log(max(self.mean, 1e-12) / self.target)
+        self.value *= math.exp(-self.config.price_rate * min(max(excess, -1.0), 1.0))
+
+
+def learn(
+    model: Runnable,
+    train: TaskBatch,
+    means: Means,
+    config: PruneConfig,
+    target: float,
+    spent: Callable[[], float] = lambda: 0.0,
+) -> NodeMasks:
+    """Learns one mask per node [G A.5]; pruned channels compete for AbsTopK slots here, as in the source.
+
+    `spent` says which share of the time there is has passed; at 1 learning ends. Gradients to the weights should be
+    off (`answers.frozen`). Without competition a dropped node would not know what it would be worth: its activation
+    is zeroed before it is seen.
+    """
+    device = next(model.parameters()).device
+    masks = NodeMasks(
+        model.widths,
+        tie_qk=config.tie_qk,
+        init_bias=config.init_bias,
+        init_noise=config.init_noise,
+        temperature=config.temperature,
+        seed=config.seed,
+    ).to(device)
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW([masks.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    price = Price(config, target)
+    order = _Order(train.n_pairs, config.pairs, config.seed)
+    means = means.to(device)
+    for step in range(config.steps):
+        progress = max(step / config.steps, spent())
+        if progress >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = config.lr * _rate(progress, config.warmup, 1 / config.steps)
+        mask, count = masks()
+        loss = two_way_loss(answer_difference(model, take(train, order.next()), MaskTap(mask, means, competition=True)))
+        optimizer.zero_grad()
+        (loss + price.value * count).backward()
+        torch.nn.utils.clip_grad_norm_([masks.tau], config.grad_clip)
+        optimizer.step()
+        masks.clamp()
+        price.update(float(loss.detach()))
+    return masks
+
+
+def _rate(progress: float, warmup: float, step: float) -> float:
+    """Share of the peak rate: up over `warmup`, then linearly down to 0 at the end."""
+    if progress < warmup:
+        return (progress + step) / (warmup + step)
+    return (1 - progress) / (1 - warmup)
+
+
+class _Order:
+    """Pairs for one step after another: a shuffled pass over all of them, then another."""
+
+    def __init__(self, total: int, batch: int, seed: int) -> None:
+        self.total, self.batch = total, min(batch, total)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.left = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> Int[Tensor, "pairs"]:
+        if len(self.left) < self.batch:
+            self.left = torch.randperm(self.total, generator=self.generator)
+        chosen, self.left = self.left[: self.batch], self.left[self.batch :]
+        return chosen
+
+
+class _Judge:
+    """Task losses of node sets on one fixed batch of validation prompts."""
+
+    def __init__(self, model: Runnable, means: Means, train: TaskBatch, val: TaskBatch, config: PruneConfig) -> None:
+        self.model, self.val, self.config = model, val, config
+        self.means = means.to(next(model.parameters()).device)
+        self.fit = take(train, torch.arange(min(train.n_pairs, val.n_pairs)))
+        self.runs = 0
+
+    @torch.no_grad()
+    def difference(self, nodes: Nodes | None, batch: TaskBatch, *, competition: bool = False) -> Float[Tensor, "n"]:
+        """Logit differences of the circuit, or with None of the full model."""
+        tap = None if nodes is None else MaskTap(nodes, self.means, competition=competition)
+        self.runs += 1
+        return answer_difference(self.model, batch, tap).float().cpu()
+
+    def loss(self, nodes: Nodes | None) -> float:
+        """Task loss before calibration."""
+        return float(two_way_loss(self.difference(nodes, self.val)))
+
+    def calibration(self, nodes: Nodes) -> Calibration:
+        """Scale and shift fitted on training prompts."""
+        return calibrate(self.difference(nodes, self.fit), self.fit.orientation)
+
+    def judged(self, nodes: Nodes) -> float:
+        """What is held against the target: loss, calibrated if the configuration says so, plus the margin."""
+        difference = self.difference(nodes, self.val)
+        if self.config.calibrated:
+            difference = self.calibration(nodes)(difference, self.val.orientation)
+        each = torch.nn.functional.softplus(-difference)
+        return float(each.mean()) + self.config.margin * float(each.std(correction=0)) / math.sqrt(len(each))
+
+    def report(self, nodes: Nodes) -> dict[str, float]:
+        """Losses of the final circuit: as it is, calibrated, and with pruned channels competing."""
+        difference = self.difference(nodes, self.val)
+        calibrated = self.calibration(nodes)(difference, self.val.orientation)
+        competing = self.difference(nodes, self.val, competition=True)
+        losses = {"circuit": difference, "calibrated": calibrated, "competition": competing}
+        return {name: float(two_way_loss(value)) for name, value in losses.items()}
+
+    def importance(self, masks: NodeMasks, kept: Bool[Tensor, "groups"]) -> Float[Tensor, "groups"]:
+        """First-order change of the loss on removing each kept group: minus dJ/dm, by gradient x (activation - mean)."""
+        weight = kept.float().requires_grad_()
+        self.runs += 1
+        loss = two_way_loss(answer_difference(self.model, self.val, MaskTap(masks.spread(weight), self.means)))
+        return -torch.autograd.grad(loss, weight)[0]
+
+
+def as_nodes(masks: NodeMasks, kept: Bool[Tensor, "groups"]) -> Nodes:
+    """The node set of some groups."""
+    return {location: mask.cpu() for location, mask in masks.spread(kept).items()}
+
+
+def discretise(masks: NodeMasks, judge: _Judge, target: float, full: float) -> Bool[Tensor, "groups"]:
+    """The smallest number of top-ranked groups whose loss meets the target; grid, then bisection.
+
+    Groups are ranked by tau, ties by index. TargetError naming the best loss seen where no number meets the target.
+    """
+    tau = masks.tau.detach()
+    order = torch.argsort(tau, descending=True, stable=True)
+    seen: dict[int, float] = {}
+
+    def kept(count: int) -> Tensor:
+        chosen = torch.zeros_like(tau, dtype=torch.bool)
+        chosen[order[:count]] = True
+        return chosen
+
+    def meets(count: int) -> bool:
+        seen[count] = judge.judged(as_nodes(masks, kept(count)))
+        return seen[count] <= target
+
+    low = 0
+    for high in _grid(int((tau > 0).sum()), len(tau)):
+        if meets(high):
+            break
+        low = high
+    else:
+        count, best = min(seen.items(), key=lambda item: item[1])
+        raise TargetError(
+            f"target: {target:.4g} nats is out of reach: the full model has {full:.4g}, the best circuit found "
+            f"{best:.4g} with {int(masks.count[kept(count)].sum())} nodes; give a higher target, a relative one, or more steps"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return kept(high)
+
+
+def _grid(on: int, total: int) -> list[int]:
+    """Counts to try, upwards: by factors of sqrt 2 around the number of masks that are on, then doubling to all."""
+    near = [round(max(on, 1) * 2 ** (step / 2)) for step in range(-8, 3)]
+    far = [round(max(on, 1) * 2.0**step) for step in range(2, 40)]
+    return sorted({count for count in near + far if 1 <= count < total} | {total})
+
+
+def clean_up(
+    masks: NodeMasks,
+    kept: Bool[Tensor, "groups"],
+    judge: _Judge,
+    target: float,
+    runs: int,
+    spent: Callable[[], float] = lambda: 0.0,
+) -> Bool[Tensor, "groups"]:
+    """Removes kept groups while the loss on the validation prompts meets the target.
+
+    Groups are tried in batches, in the order of their first-order importance, which is taken anew after each removal;
+    a batch doubles after a success and halves after a failure, and a group that fails alone stays. Ends when every
+    group left has failed alone, after `runs` validation runs, or when `spent` reaches 1.
+    """
+    needed = torch.zeros_like(kept)
+    last_run = judge.runs + runs
+    size = max(1, int(kept.sum()) // 4)
+    ranked = torch.empty(0, dtype=torch.long)
+    while judge.runs < last_run and spent() < 1:
+        if not len(ranked):
+            importance = judge.importance(masks, kept)
+            importance[~kept | needed] = math.inf
+            order = torch.argsort(importance, stable=True)
+            ranked = order[: int((kept & ~needed).sum())]
+            if not len(ranked):
+                break
+        trial = kept.clone()
+        trial[ranked[:size]] = False
+        if judge.judged(as_nodes(masks, trial)) <= target:
+            kept, ranked = trial, ranked[:0]
+            size *= 2
+        elif min(size, len(ranked)) == 1:
+            needed[ranked[0]] = True
+            ranked = ranked[1:]
+        else:
+            size = max(1, min(size, len(ranked)) // 2)
+    return kept
+
+
+@dataclass
+class _Clock:
+    """Seconds since the start, against a budget."""
+
+    budget: float | None
+    start: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+
+    def lap(self) -> float:
+        """Seconds since the last call, to a hundredth."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return round(seconds, 2)
+
+    def share(self, part: float) -> Callable[[], float]:
+        """How much of `part` of the budget is spent; always 0 without a budget."""
+        budget = self.budget
+        return (lambda: 0.0) if budget is None else (lambda: (time.monotonic() - self.start) / (part * budget))

@@ -1,0 +1,215 @@
+"""Dense Hugging Face models behind the same run as the sparse one.
+
+The modules are transformers' own. Only the order norm, attention, add, norm, MLP, add stands here, once for all
+families, because the blocks of transformers add to the residual stream inside, where no hook reaches. A family is a
+map of names.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from distill.model import operations as ops
+from distill.model.run import Context, Runnable
+from distill.model.sites import Tap, layer_of, node_locations, wants
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the parts of an architecture are found: names of modules, from the model or from a block."""
+
+    embed_tokens: str
+    embed_positions: str | None
+    blocks: str
+    final_norm: str
+    unembed: str
+    attn_norm: str
+    attn: str
+    qkv: str
+    """One linear map whose output is q, k and v, in this order."""
+    attn_out: str
+    mlp_norm: str
+    mlp: str
+    mlp_in: str
+    act: str
+    mlp_out: str
+    transposed: bool
+    """Whether linear weights are stored (in, out), as by Conv1D."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "gpt2": Family(
+        embed_tokens="transformer.wte",
+        embed_positions="transformer.wpe",
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        unembed="lm_head",
+        attn_norm="ln_1",
+        attn="attn",
+        qkv="attn.c_attn",
+        attn_out="attn.c_proj",
+        mlp_norm="ln_2",
+        mlp="mlp",
+        mlp_in="mlp.c_fc",
+        act="mlp.act",
+        mlp_out="mlp.c_proj",
+        transposed=True,
+    ),
+}
+"""Families that can be wrapped, by transformers' `model_type`."""
+
+
+class DenseModel(Runnable):
+    """A pretrained dense model that is read, replaced, stopped and started like a sparse one.
+
+    Without a tap its logits equal those of the wrapped model bit for bit. It is kept in evaluation mode on loading.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        config = model.config
+        if config.model_type not in FAMILIES:
+            raise ValueError(
+                f"model: the architecture {config.model_type!r} cannot be wrapped; allowed are {', '.join(FAMILIES)}"
+            )
+        if getattr(config, "add_cross_attention", False):
+            raise ValueError("model: add_cross_attention=True; only decoders without cross-attention can be wrapped")
+        self.hf = model
+        self.family = FAMILIES[config.model_type]
+        self.n_layer, self.d_model, self.n_head = config.n_layer, config.n_embd, config.n_head
+        self.vocab_size, self.context = config.vocab_size, config.n_positions
+        self.d_head = self.d_model // self.n_head
+        self.has_positions = self.family.embed_positions is not None
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+        """Loads a model from a folder, or by its hub name, in float32 unless `dtype` says otherwise."""
+        kwargs.setdefault("dtype", torch.float32)
+        return cls(AutoModelForCausalLM.from_pretrained(name_or_folder, **kwargs).eval())
+
+    @property
+    def config(self) -> Any:
+        """The wrapped model's configuration."""
+        return self.hf.config
+
+    def _part(self, name: str | None, layer: int | None = None) -> nn.Module:
+        assert name is not None
+        return self.hf.get_submodule(name if layer is None else f"{self.family.blocks}.{layer}.{name}")
+
+    def _weight(self, name: str, layer: int) -> Tensor:
+        weight = self._part(name, layer).weight.detach()
+        assert isinstance(weight, Tensor)
+        return weight.T if self.family.transposed else weight
+
+    @property
+    def widths(self) -> dict[str, int]:
+        neurons = self._weight(self.family.mlp_in, 0).shape[0]
+        return {
+            location: neurons if location.endswith("post_act") else self.d_model
+            for location in node_locations(self.n_layer)
+        }
+
+    def embed(self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T D"]:
+        x = self._part(self.family.embed_tokens)(tokens)
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return x + self._part(self.family.embed_positions)(position_ids)
+
+    def prepare(self, x: Float[Tensor, "B T D"], context: Context) -> Any:
+        # position_ids must not be passed where they only count up: transformers would look for packed sequences.
+        return create_causal_mask(
+            config=self.hf.config,
+            inputs_embeds=x,
+            attention_mask=context.attention_mask,
+            past_key_values=context.cache,
+            position_ids=context.position_ids,
+        )
+
+    def sublayer(self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None) -> Float[Tensor, "B T D"]:
+        i = layer_of(site)
+        attention = site.endswith("resid_in")
+        name = f"{i}.attn" if attention else f"{i}.mlp"
+        norm = self._part(self.family.attn_norm if attention else self.family.mlp_norm, i)
+        read = self._norm(norm, x, name, tap)
+        if tap is not None:
+            read = tap(f"{name}.act_in", read)
+        with self._hooked(i, attention, tap):
+            if attention:
+                part = self._part(self.family.attn, i)
+                delta = part(read, past_key_values=context.cache, attention_mask=context.prepared)[0]
+            else:
+                delta = self._part(self.family.mlp, i)(read)
+        if tap is not None:
+            delta = tap(f"{name}.resid_delta", delta)
+        return delta + x
+
+    @contextmanager
+    def _hooked(self, i: int, attention: bool, tap: Tap | None) -> Iterator[None]:
+        """Hands q, k, v or the neurons to the tap from inside transformers' module, for the length of one call."""
+        if tap is None:
+            yield
+            return
+        if wants(tap, "pattern"):
+            raise ValueError("tap: wants 'pattern', which dense models do not hand out; allowed are pre, norm_scale")
+        with ExitStack() as stack:
+            part = self._part(self.family.qkv if attention else self.family.act, i)
+            hook = partial(_tap_qkv, i, tap) if attention else partial(_tap_neurons, i, tap)
+            stack.callback(part.register_forward_hook(hook).remove)
+            yield
+
+    def _norm(self, norm: nn.Module, x: Tensor, name: str, tap: Tap | None) -> Tensor:
+        if tap is None or not wants(tap, "norm_scale"):
+            return norm(x)
+        assert isinstance(norm, nn.LayerNorm), norm
+        scale = tap(f"{name}.norm_scale", ops.norm_scale(x, center=True, eps=norm.eps))
+        return ops.scaled(x, scale, norm.weight, norm.bias, center=True)
+
+    def readout(
+        self, residual: Float[Tensor, "*rows D"], tokens: Int[Tensor, "*rows"], *, tap: Tap | None = None
+    ) -> Float[Tensor, "*rows V"]:
+        final = self._norm(self._part(self.family.final_norm), residual, "final", tap)
+        return self._part(self.family.unembed)(final)
+
+    def matrices(self) -> dict[tuple[str, str], Float[Tensor, "n_target n_source"]]:
+        found: dict[tuple[str, str], Tensor] = {}
+        for i in range(self.n_layer):
+            for name, weight in zip("qkv", self._weight(self.family.qkv, i).chunk(3), strict=True):
+                found[f"{i}.attn.act_in", f"{i}.attn.{name}"] = weight
+            found[f"{i}.attn.v", f"{i}.attn.resid_delta"] = self._weight(self.family.attn_out, i)
+            found[f"{i}.mlp.act_in", f"{i}.mlp.post_act"] = self._weight(self.family.mlp_in, i)
+            found[f"{i}.mlp.post_act", f"{i}.mlp.resid_delta"] = self._weight(self.family.mlp_out, i)
+        return found
+
+    def embedding(self) -> Float[Tensor, "V D"]:
+        return self._tensor(self.family.embed_tokens)
+
+    def unembedding(self) -> Float[Tensor, "V D"]:
+        return self._tensor(self.family.unembed)
+
+    def _tensor(self, name: str) -> Tensor:
+        weight = self._part(name).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def describe(self) -> Mapping[str, Any]:
+        skipped = {"transformers_version", "_name_or_path", "dtype", "architectures"}
+        return {key: value for key, value in self.hf.config.to_dict().items() if key not in skipped}
+
+
+def _tap_qkv(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    parts = output.chunk(3, -1)
+    return torch.cat([tap(f"{i}.attn.{name}", part) for name, part in zip("qkv", parts, strict=True)], -1)
+
+
+def _tap_neurons(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return tap(f"{i}.mlp.post_act", output)
+
