@@ -82,9 +82,6 @@ def default_out(name: str) -> Path:
     return Path("runs") / name
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = False) -> Iterator[Path]:
     """Fill a new folder that appears at `path` whole, or not at all.
@@ -226,9 +223,6 @@ def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
         raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
     if verify and _sha256(path) != entry["sha256"]:
         raise ArtifactError(f"{path}: its sha256 is not the one in the manifest, the file was changed or damaged")
-
-
-# --- single files ----------------------------------------------------------------------------------------------------
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -374,9 +368,6 @@ def lock(folder: str | Path) -> Iterator[None]:
         os.close(file)  # releases the lock; the file stays, for removing it would race with the next holder
 
 
-# --- below the surface -----------------------------------------------------------------------------------------------
-
-
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
@@ -438,8 +429,9 @@ def _sync(path: Path) -> None:
 def _exchange(partial: Path, path: Path) -> None:
     """Swap two folders: in one step where the kernel can (Linux), else by two renames."""
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if not libc.renameat2(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE):
+        names = (_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE)
+        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # some C libraries lack it, some file systems refuse
+        if renameat2 is not None and renameat2(*names) == 0:
             return
     os.rename(path, _aside(path))
     os.rename(partial, path)

@@ -30,6 +30,15 @@ _BAD_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errn
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def no_type_check(checked: type[Options]) -> type[Options]:
+    """Marks a dataclass that checks its own values, so that run-time type checkers leave its `__init__` alone.
+
+    They go by the name of the decorator. Unlike `typing.no_type_check` this one leaves the type hints readable, from
+    which the command line is made.
+    """
+    return checked
+
+
 def run(
     body: Callable[[Options], None],
     options: type[Options],
@@ -185,14 +194,17 @@ def _unwrapped(argv: Sequence[str]) -> Iterator[None]:
 def _reason(box: str, root: str) -> str:
     """One line out of the box that tyro draws: its first part, then the accepted forms from the later ones."""
     parts: list[list[str]] = [[]]
-    for line in map(str.strip, _ESCAPES.sub("", box).splitlines()):
-        text = line.strip("│|").strip()
+    lines = [line.strip() for line in _ESCAPES.sub("", box).splitlines()]
+    for line in lines:
+        text = line.strip("│").strip()
         if text and not text.strip("─-"):
             parts.append([])
-        elif text and line[0] not in "╭╰+":
+        elif text and text[0] not in "╭╰":
             parts[-1].append(text)
+    if not lines[0].startswith("╭"):  # a terminal without Unicode: the title stands over a rule of its own
+        del parts[0]
     first, *hints = [" ".join(part) for part in parts]
-    first = first.split(" Got errors:")[0].removeprefix("Error parsing ").removeprefix(f"{root}: ")
+    first = first.split(". Got errors:")[0].removeprefix("Error parsing ").removeprefix(f"{root}: ")
     hints = [text.replace("Argument helptext:", "expected") for text in hints if not text.startswith("For full help")]
     if not hints and first.startswith("Unrecognized"):
         hints = ["--help lists every flag"]

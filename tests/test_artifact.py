@@ -52,9 +52,6 @@ def python(code: str, *words: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
 def test_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "a"
     with artifact.fresh_folder(out, origin(note="x")) as folder:
@@ -271,9 +268,6 @@ def test_provenance_takes_known_kinds_only() -> None:
         origin("pie")
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 @quick
 @given(value=JSON)
 def test_json_round_trip(tmp_path: Path, value: Any) -> None:
@@ -351,9 +345,6 @@ def test_lines_survive_a_torn_one(tmp_path: Path) -> None:
     path.write_bytes(b'{"torn')
     artifact.append_line(path, {"step": 1})
     assert path.read_text() == '{"step": 1}\n'
-
-
-# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -437,9 +428,6 @@ def test_tensor_file_by_somebody_else(tmp_path: Path, raw: bytes, said: str) -> 
     (tmp_path / "a").write_bytes(raw)
     with pytest.raises(ArtifactError, match=said):
         artifact.load_tensors(tmp_path / "a", kind="means")
-
-
-# --- fingerprints, locks, versions -----------------------------------------------------------------------------------
 
 
 def test_fingerprint_of_equal_values() -> None:

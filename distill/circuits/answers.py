@@ -56,7 +56,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def take(batch: TaskBatch, pairs: Int[Tensor, "n"]) -> TaskBatch:
     """Some pairs of a batch, both members of each, without the padding that these do not need."""
-    chosen = batch.select_pairs(pairs)
+    chosen = batch.select(torch.cat([pairs, pairs + len(batch) // 2]))
     length = int(chosen.last.max()) + 1
     return replace(chosen, tokens=chosen.tokens[:, :length], attention_mask=chosen.attention_mask[:, :length])
 
@@ -82,7 +82,8 @@ def answer_difference(model: Runnable, batch: TaskBatch, tap: Tap | None = None)
     logits = answer_logits(model, batch, tap)
     difference = logit_difference(logits, batch.to(logits.device))
     if not bool(difference.isfinite().all()):
-        raise NonFiniteError(f"{_first_broken(model, batch, tap)}: activations are not finite on the task's prompts")
+        check_finite(model, batch, tap)
+        raise NonFiniteError("logits: not finite on the task's prompts")
     return difference
 
 
@@ -123,8 +124,11 @@ def _fit(difference: Tensor, orientation: Tensor, *, scale: bool, shift: bool) -
 
 
 @torch.no_grad()
-def _first_broken(model: Runnable, batch: TaskBatch, tap: Tap | None) -> str:
-    """The first site of a run that is handed something not finite."""
+def check_finite(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> None:
+    """NonFiniteError naming the first place in a run where an activation is infinite or not a number.
+
+    Finite logits do not say as much: attention may turn what is not a number into 0.
+    """
     found: list[str] = []
 
     def look(site: str, x: Tensor, /) -> Tensor:
@@ -133,4 +137,5 @@ def _first_broken(model: Runnable, batch: TaskBatch, tap: Tap | None) -> str:
         return x
 
     answer_logits(model, batch, look if tap is None else chain(look, tap))
-    return found[0] if found else "logits"
+    if found:
+        raise NonFiniteError(f"{found[0]}: activations are not finite on the task's prompts")

@@ -1,9 +1,9 @@
 """A circuit: the nodes of one model that one task needs, with all that it takes to run, count and compare them.
 
-An edge is a non-zero weight between two kept nodes [G 2.2]; the edges of q, k, v, of the attention output and of the two
-MLP matrices make up `edges_induced`, the count that the source reports. Embedding and unembedding are never masked;
-their entries that touch the circuit are counted apart, `edges_embed`: the non-zeros in embedding columns c that a kept
-read `act_in.c` sees, and in unembedding columns c that a kept write `resid_delta.c` reaches.
+An edge is a non-zero weight between two kept nodes [G 2.2]; the edges of q, k, v, of the attention output and of the
+two MLP matrices make up `edges_induced`, the count that the source reports. Embedding and unembedding are never
+masked; their entries that touch the circuit are counted apart, `edges_embed`: the non-zeros in embedding columns c that
+a kept read `act_in.c` sees, and in unembedding columns c that a kept write `resid_delta.c` reaches.
 
 A file `*.circuit.safetensors` holds everything, the ablation values included.
 """
@@ -89,7 +89,7 @@ class Circuit:
         self.check(model)
         return induced_edges(model, self.nodes)
 
-    def counts(self, model: Runnable) -> dict[str, float]:
+    def counts(self, model: Runnable) -> dict[str, int | float]:
         """nodes, edges_induced, edges_embed, and edges_null, the edges expected of as many nodes drawn blindly."""
         return {
             "nodes": self.n_nodes,

@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +29,7 @@ from distill.circuits.answers import (
     Calibration,
     answer_difference,
     calibrate,
+    check_finite,
     frozen,
     take,
     two_way_loss,
@@ -60,7 +60,7 @@ class PruneConfig:
     """Take ln 2 - 0.83 (ln 2 - loss of the full model) as the target instead, for models out of reach of `target`."""
     objective: str = "paper"
     """What has to hold: paper (task loss with everything else ablated)."""
-    controller: Literal["constraint", "coefficient"] = "constraint"
+    controller: str = "constraint"
     """How a node is priced: constraint (the price follows the target) or coefficient (`k_coef`, as in the source)."""
     k_coef: float = 1e-4
     """Price of a node in nats: fixed under coefficient, the starting point under constraint."""
@@ -88,10 +88,16 @@ class PruneConfig:
     """Share of the steps over which the rate rises; it falls linearly to 0 afterwards."""
     grad_clip: float = 1.0
     """Largest norm of the gradient of tau."""
+    screen: int = 8
+    """Points of the integrated gradients that choose where learning starts; 0 starts with all nodes on, as the source."""
+    start_room: float = 2.0
+    """Nodes on at the start, as a multiple of the smallest screened circuit that meets the target."""
+    start_spread: float = 0.3
+    """tau of the first screened node at the start; it falls linearly along the ranking."""
     init_bias: float = 0.1
-    """Mean of tau at the start."""
+    """Mean of tau at the start without screening."""
     init_noise: float = 1e-2
-    """Standard deviation of tau at the start."""
+    """Standard deviation of tau at the start without screening."""
     temperature: float = 1.0
     """Temperature of the surrogate gradient's sigmoid."""
     tie_qk: bool = True
@@ -120,7 +126,10 @@ class PruneConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "numbers in [0, 1)")
         for name in ("steps", "pairs", "train_pairs", "val_pairs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
-        _require(self.clean_up >= 0, "clean_up", self.clean_up, "0 and more")
+        for name in ("clean_up", "screen"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 and more")
+        _require(self.start_room >= 1, "start_room", self.start_room, "1 and more")
+        _require(0 < self.start_spread <= 1, "start_spread", self.start_spread, "numbers in (0, 1]")
         _require(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "numbers in [-1, 1]")
         budget = self.time_budget
         _require(budget is None or budget > 0, "time_budget", budget, "numbers above 0, or none")
@@ -168,17 +177,23 @@ def prune_batches(
     MeansMismatchError where `means` belong to another model; NonFiniteError naming the place where an activation is not
     finite; TargetError where nothing that was found meets the target; ValueError for an empty batch.
     """
-    _require(min(train.n_pairs, val.n_pairs) > 0, "task", task_name, "tasks with at least one pair per split")
+    _require(min(len(train), len(val)) > 0, "task", task_name, "tasks with at least one pair per split")
     fingerprint = model.fingerprint()
     if means.model != fingerprint:
         raise MeansMismatchError(f"means: measured on model {means.model[:12]}, but {fingerprint[:12]} is to be pruned")
     clock = _Clock(config.time_budget)
     with frozen(model):
+        check_finite(model, val)
         judge = _Judge(model, means, train, val, config)
         full, empty = judge.loss(None), judge.loss(all_nodes(model.widths, keep=False))
         target = target_for(config, full)
-        masks = learn(model, train, means, config, target, clock.share(0.7))
-        seconds = {"learn": clock.lap()}
+        masks = new_masks(model, config)
+        if config.screen:
+            scores = attribute(model, train, means, config, masks)
+            start_from(masks, scores, smallest(masks, scores, judge, target)[0], config)
+        seconds = {"screen": clock.lap()}
+        learn(model, train, means, config, target, masks, clock.share(0.7))
+        seconds["learn"] = clock.lap()
         kept = discretise(masks, judge, target, full)
         kept_before = int(masks.count[kept].sum())
         seconds["discretise"] = clock.lap()
@@ -243,34 +258,74 @@ class Price:
         self.value *= math.exp(-self.config.price_rate * min(max(excess, -1.0), 1.0))
 
 
-def learn(
-    model: Runnable,
-    train: TaskBatch,
-    means: Means,
-    config: PruneConfig,
-    target: float,
-    spent: Callable[[], float] = lambda: 0.0,
-) -> NodeMasks:
-    """Learns one mask per node [G A.5]; pruned channels compete for AbsTopK slots here, as in the source.
-
-    `spent` says which share of the time there is has passed; at 1 learning ends. Gradients to the weights should be
-    off (`answers.frozen`). Without competition a dropped node would not know what it would be worth: its activation
-    is zeroed before it is seen.
-    """
-    device = next(model.parameters()).device
-    masks = NodeMasks(
+def new_masks(model: Runnable, config: PruneConfig) -> NodeMasks:
+    """Masks at the source's start [G A.5]: all on, tau normal around `init_bias`."""
+    return NodeMasks(
         model.widths,
         tie_qk=config.tie_qk,
         init_bias=config.init_bias,
         init_noise=config.init_noise,
         temperature=config.temperature,
         seed=config.seed,
-    ).to(device)
+    ).to(next(model.parameters()).device)
+
+
+def attribute(
+    model: Runnable, train: TaskBatch, means: Means, config: PruneConfig, masks: NodeMasks
+) -> Float[Tensor, "groups"]:
+    """What each group matters to the task: |dJ/dm|, mean over points at which all masks have one value in (0, 1).
+
+    In nats, at least 0. A gradient at the full model alone would be 0 wherever the task is solved without effort; the
+    sign is dropped as a node that is needed may do harm while what it works with is still half off. One batch of
+    training pairs per point of `config.screen`.
+    """
+    order = _Order(len(train) // 2, config.pairs, config.seed)
+    total = torch.zeros_like(masks.tau)
+    means = means.to(total.device)
+    for point in range(config.screen):
+        mask = torch.full_like(total, (point + 0.5) / config.screen).requires_grad_()
+        tap = MaskTap(masks.spread(mask), means, competition=True)
+        loss = two_way_loss(answer_difference(model, take(train, order.next()), tap))
+        total += torch.autograd.grad(loss, mask)[0].abs() / config.screen
+    return total
+
+
+@torch.no_grad()
+def start_from(masks: NodeMasks, scores: Float[Tensor, "groups"], count: int | None, config: PruneConfig) -> None:
+    """Starts learning near a screened circuit: tau falls linearly along the ranking, through 0 at `start_room` * count.
+
+    The best group starts at `start_spread`, the last one at its negative. Masks that all start alike also fall alike,
+    and when every node of a path is off no gradient says that it was needed. None, where the screening found nothing,
+    lets all start on.
+    """
+    total = len(scores)
+    on = total if count is None else min(total, max(1, round(config.start_room * count)))
+    rank = torch.empty_like(scores)
+    rank[torch.argsort(scores, descending=True, stable=True)] = torch.arange(total, device=scores.device).float()
+    above, below = 1 - rank / on, -(rank - on + 1) / max(total - on, 1)
+    masks.tau.copy_(config.start_spread * torch.where(rank < on, above, below))
+
+
+def learn(
+    model: Runnable,
+    train: TaskBatch,
+    means: Means,
+    config: PruneConfig,
+    target: float,
+    masks: NodeMasks,
+    spent: Callable[[], float] = lambda: 0.0,
+) -> None:
+    """Learns the masks in place [G A.5]; pruned channels compete for AbsTopK slots here, as in the source.
+
+    `spent` says which share of the time there is has passed; at 1 learning ends. Gradients to the weights should be
+    off (`answers.frozen`). Without competition a dropped node would not know what it would be worth: its activation
+    is zeroed before it is seen.
+    """
     betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW([masks.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     price = Price(config, target)
-    order = _Order(train.n_pairs, config.pairs, config.seed)
-    means = means.to(device)
+    order = _Order(len(train) // 2, config.pairs, config.seed)
+    means = means.to(masks.tau.device)
     for step in range(config.steps):
         progress = max(step / config.steps, spent())
         if progress >= 1:
@@ -284,7 +339,6 @@ def learn(
         optimizer.step()
         masks.clamp()
         price.update(float(loss.detach()))
-    return masks
 
 
 def _rate(progress: float, warmup: float, step: float) -> float:
@@ -315,7 +369,7 @@ class _Judge:
     def __init__(self, model: Runnable, means: Means, train: TaskBatch, val: TaskBatch, config: PruneConfig) -> None:
         self.model, self.val, self.config = model, val, config
         self.means = means.to(next(model.parameters()).device)
-        self.fit = take(train, torch.arange(min(train.n_pairs, val.n_pairs)))
+        self.fit = take(train, torch.arange(min(len(train), len(val)) // 2))
         self.runs = 0
 
     @torch.no_grad()
@@ -350,7 +404,7 @@ class _Judge:
         return {name: float(two_way_loss(value)) for name, value in losses.items()}
 
     def importance(self, masks: NodeMasks, kept: Bool[Tensor, "groups"]) -> Float[Tensor, "groups"]:
-        """First-order change of the loss on removing each kept group: minus dJ/dm, by gradient x (activation - mean)."""
+        """First-order change of the loss on removing each group: -dJ/dm = -gradient x (activation - mean)."""
         weight = kept.float().requires_grad_()
         self.runs += 1
         loss = two_way_loss(answer_difference(self.model, self.val, MaskTap(masks.spread(weight), self.means)))
@@ -362,39 +416,53 @@ def as_nodes(masks: NodeMasks, kept: Bool[Tensor, "groups"]) -> Nodes:
     return {location: mask.cpu() for location, mask in masks.spread(kept).items()}
 
 
-def discretise(masks: NodeMasks, judge: _Judge, target: float, full: float) -> Bool[Tensor, "groups"]:
-    """The smallest number of top-ranked groups whose loss meets the target; grid, then bisection.
+def smallest(
+    masks: NodeMasks, scores: Float[Tensor, "groups"], judge: _Judge, target: float
+) -> tuple[int | None, dict[int, float]]:
+    """The smallest number of groups, taken by descending score (ties by index), whose loss meets the target.
 
-    Groups are ranked by tau, ties by index. TargetError naming the best loss seen where no number meets the target.
+    A grid from few to many comes first, as the loss is not monotone, then bisection below the first that meets it.
+    Returns the number, or None where no number on the grid meets the target, and all losses seen by number of groups.
     """
-    tau = masks.tau.detach()
-    order = torch.argsort(tau, descending=True, stable=True)
+    order = torch.argsort(scores, descending=True, stable=True)
     seen: dict[int, float] = {}
 
-    def kept(count: int) -> Tensor:
-        chosen = torch.zeros_like(tau, dtype=torch.bool)
-        chosen[order[:count]] = True
-        return chosen
-
     def meets(count: int) -> bool:
-        seen[count] = judge.judged(as_nodes(masks, kept(count)))
+        seen[count] = judge.judged(as_nodes(masks, _first(order, count)))
         return seen[count] <= target
 
     low = 0
-    for high in _grid(int((tau > 0).sum()), len(tau)):
+    for high in _grid(int((scores > 0).sum()), len(scores)):
         if meets(high):
             break
         low = high
     else:
-        count, best = min(seen.items(), key=lambda item: item[1])
-        raise TargetError(
-            f"target: {target:.4g} nats is out of reach: the full model has {full:.4g}, the best circuit found "
-            f"{best:.4g} with {int(masks.count[kept(count)].sum())} nodes; give a higher target, a relative one, or more steps"
-        )
-    while high - low > 1:
+        return None, seen
+    while high - low > max(1, high // 32):
         middle = (low + high) // 2
         low, high = (low, middle) if meets(middle) else (middle, high)
-    return kept(high)
+    return high, seen
+
+
+def _first(order: Int[Tensor, "groups"], count: int) -> Bool[Tensor, "groups"]:
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    kept[order[:count]] = True
+    return kept
+
+
+def discretise(masks: NodeMasks, judge: _Judge, target: float, full: float) -> Bool[Tensor, "groups"]:
+    """The groups of largest tau, as few as meet the target. TargetError naming the best loss seen where none do."""
+    tau = masks.tau.detach()
+    order = torch.argsort(tau, descending=True, stable=True)
+    count, seen = smallest(masks, tau, judge, target)
+    if count is None:
+        closest, best = min(seen.items(), key=lambda item: item[1])
+        nodes = int(masks.count[_first(order, closest)].sum())
+        raise TargetError(
+            f"target: {target:.4g} nats is out of reach: the full model has {full:.4g}, the best circuit found "
+            f"{best:.4g} with {nodes} nodes; give a higher target, a relative one, or more steps"
+        )
+    return _first(order, count)
 
 
 def _grid(on: int, total: int) -> list[int]:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -34,17 +33,6 @@ from transformers import PreTrainedTokenizerBase
 SPLITS = ("train", "val", "test", "shift")
 """Pruning, discretising and clean-up, reporting, and reporting on a changed distribution."""
 
-_TEMPLATE_FIELDS = {
-    "name": str,
-    "description": str,
-    "choice": str,
-    "shift_change": str,
-    "oriented": bool,
-    "classes": list,
-    "completions": list,
-    "parts": dict,
-    "splits": dict,
-}
 _PAIR_FIELDS = ("clean", "corrupt", "answer", "other")
 # Lines without a split of their own are dealt out in this order: half for pruning, a quarter for each other.
 _DEAL = ("train", "val", "train", "test")
@@ -184,26 +172,19 @@ class Task:
         """All pairs of a split in random order, families in turn until each is used up."""
         rng = self._random(split, seed, "order")
         sources = self._sources(split)
-        draws = [(source, _shuffled(source.size, rng)) for source in rng.sample(sources, len(sources))]
+        draws = [map(source.at, _shuffled(source.size, rng)) for source in rng.sample(sources, len(sources))]
         while draws:
-            left = []
-            for source, order in draws:
-                index = next(order, None)
-                if index is not None:
-                    yield source.at(index)
-                    left.append((source, order))
-            draws = left
+            drawn = [(next(draw, None), draw) for draw in draws]
+            yield from (pair for pair, _ in drawn if pair is not None)
+            draws = [draw for pair, draw in drawn if pair is not None]
 
     def _balance(self, pairs: list[Pair], split: str, seed: int) -> list[Pair]:
         """Turn one of every two pairs, chosen by the seed."""
         if self.own:
             return pairs
         rng = self._random(split, seed, "direction")
-        turned: list[bool] = []
-        while len(turned) < len(pairs):
-            coin = rng.random() < 0.5
-            turned += [coin, not coin]
-        return [pair.turned() if turn else pair for pair, turn in zip(pairs, turned, strict=False)]
+        coins = [rng.randrange(2) for _ in pairs[::2]]
+        return [pair.turned() if (coins[at // 2] + at) % 2 else pair for at, pair in enumerate(pairs)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +209,6 @@ class TaskBatch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    @property
-    def n_pairs(self) -> int:
-        """Number of pairs: half the rows."""
-        return len(self) // 2
-
     def to(self, device: torch.device | str) -> "TaskBatch":
         """The same batch on another device."""
         return self._each(lambda value: value.to(device))
@@ -240,10 +216,6 @@ class TaskBatch:
     def select(self, rows: Int[Tensor, " K"] | slice) -> "TaskBatch":
         """Only these rows, in this order; halves are clean and corrupt only if the rows are chosen so."""
         return self._each(lambda value: value[rows])
-
-    def select_pairs(self, pairs: Int[Tensor, " K"]) -> "TaskBatch":
-        """Only these pairs, both members of each, again clean rows first."""
-        return self.select(torch.cat([pairs, pairs + self.n_pairs]))
 
     def _each(self, change: Any) -> "TaskBatch":
         tensors = {key: change(value) for key, value in vars(self).items() if isinstance(value, Tensor)}
@@ -256,28 +228,26 @@ def task_names() -> list[str]:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """Read and check a task.
+    """Read a task; a user's own file is checked as it is read.
 
     Args:
-        name_or_path: a built-in name (`task_names`), or the path of an own task: `.jsonl` with one pair per line
-            (`clean`, `corrupt`, `answer` = completion of clean, `other` = completion of corrupt, optional `split`;
-            lines without a split are dealt out, half to train, a quarter each to val and test), or `.json` in
-            the form of the built-in files.
+        name_or_path: a built-in name (`task_names`), or the path of a `.jsonl` file with one pair per line: `clean`,
+            `corrupt`, `answer` (completion of clean), `other` (completion of corrupt), and if wished `split`. Lines
+            without a split are dealt out, half to train, a quarter each to val and test.
 
     Raises:
-        ValueError: unknown name (the message lists the known ones), no such file, or a fault in it (the message
-            names file, line and field).
+        ValueError: unknown name (the message lists the known ones), no such file, or a fault in the file (the
+            message names file, line and field).
     """
     path = Path(name_or_path)
-    if path.suffix not in (".json", ".jsonl"):
-        if str(name_or_path) not in task_names():
-            known = ", ".join(task_names())
-            raise ValueError(f"task: unknown task {str(name_or_path)!r}; known: {known}, or the path of a .jsonl file")
-        return _built_in(str(name_or_path))
-    if not path.is_file():
-        raise ValueError(f"task: no such file: {path}")
-    reader = _parse_templates if path.suffix == ".json" else _parse_lines
-    return reader(path.read_bytes(), path)
+    if path.suffix == ".jsonl":
+        if not path.is_file():
+            raise ValueError(f"task: no such file: {path}")
+        return _parse_lines(path.read_bytes(), path)
+    if str(name_or_path) not in task_names():
+        known = ", ".join(task_names())
+        raise ValueError(f"task: unknown task {str(name_or_path)!r}; known: {known}, or the path of a .jsonl file")
+    return _built_in(str(name_or_path))
 
 
 def encode(
@@ -327,31 +297,23 @@ def encode(
     first = [kept.get(pair) or kept[pair.turned()][::-1] for pair in pairs]
     rows = [clean for clean, _ in first] + [corrupt for _, corrupt in first]
     labels = torch.tensor([pair.label for pair in pairs] + [1 - pair.label for pair in pairs])
-    _check_context(task, rows, context)
+    longest = max(len(row.ids) for row in rows)
+    if context is not None and longest > context:
+        raise ValueError(f"task {task.name!r}: a prompt has {longest} tokens; the model's context allows {context}")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
     return _collate(rows, labels, task.oriented, pad, len(faults))
 
 
 def logit_difference(logits: Float[Tensor, "R V"], batch: TaskBatch) -> Float[Tensor, " R"]:
-    """Logit of the right answer minus that of the wrong one, per row.
-
-    Args:
-        logits: at each row's last prompt token.
-        batch: the rows the logits belong to.
-    """
+    """Logit of the right answer minus that of the wrong one, per row; `logits` at each row's last prompt token."""
     right = logits.gather(1, batch.answer[:, None])
     return (right - logits.gather(1, batch.other[:, None]))[:, 0]
 
 
 def task_loss(logits: Float[Tensor, "R V"], batch: TaskBatch) -> Float[Tensor, " R"]:
-    """Two-way cross-entropy between right and wrong answer [G 2.2], nats per row (0.693 is chance).
+    """Two-way cross-entropy between right and wrong answer [G 2.2], nats per row; 0.693 is chance.
 
-    Args:
-        logits: at each row's last prompt token.
-        batch: the rows the logits belong to.
-
-    Returns:
-        One loss per row; the task loss is their mean, both members of each pair counted.
+    `logits` are those at each row's last prompt token. The task loss is the mean, both members of each pair counted.
     """
     return functional.softplus(-logit_difference(logits, batch))
 
@@ -407,12 +369,6 @@ def _find_answer(
     )
 
 
-def _check_context(task: Task, rows: Sequence[_Row], context: int | None) -> None:
-    longest = max(len(row.ids) for row in rows)
-    if context is not None and longest > context:
-        raise ValueError(f"task {task.name!r}: a prompt has {longest} tokens; the model's context allows {context}")
-
-
 def _collate(rows: Sequence[_Row], labels: Tensor, oriented: bool, pad: int, dropped: int) -> TaskBatch:
     """Rows as right-padded tensors. Causal models never look right, so any pad id gives the same answers."""
     lengths = torch.tensor([len(row.ids) for row in rows])
@@ -449,96 +405,55 @@ def _data() -> Any:
 
 @lru_cache
 def _built_in(name: str) -> Task:
-    path = _data() / f"{name}.json"
-    return dataclasses.replace(_parse_templates(path.read_bytes(), Path(f"{name}.json")), own=False)
-
-
-def _parse_templates(raw: bytes, path: Path) -> Task:
-    """A task from a template file."""
-    record = _object(raw, str(path))
-    for field, kind in _TEMPLATE_FIELDS.items():
-        if not isinstance(record.get(field), kind):
-            raise ValueError(f"{path}: field {field!r} must be a {kind.__name__}, got {record.get(field)!r}")
-    for field in record.keys() - _TEMPLATE_FIELDS.keys():
-        raise ValueError(f"{path}: unknown field {field!r}; allowed: {', '.join(_TEMPLATE_FIELDS)}")
-    for field, value in (("classes", record["classes"]), ("completions", record["completions"])):
-        _two(value, path, field)
-    parts = {name: _two(value, path, f"parts.{name}") for name, value in record["parts"].items()}
-    splits: dict[str, tuple[Family, ...]] = {}
-    for split, content in record["splits"].items():
-        if split not in SPLITS:
-            raise ValueError(f"{path}: field 'splits' has {split!r}; allowed: {', '.join(SPLITS)}")
-        splits[split] = _families(content, parts, _two(record["completions"], path, "completions"), path, split)
-    _check_disjoint(record["splits"], path)
+    """A task from its template file, which the tests check, so that it need not be checked at each start."""
+    raw = (_data() / f"{name}.json").read_bytes()
+    record = json.loads(raw)
     return Task(
         **{field: record[field] for field in ("name", "description", "choice", "shift_change", "oriented")},
-        classes=_two(record["classes"], path, "classes"),
+        classes=tuple(record["classes"]),
         own=False,
         fingerprint=hashlib.sha256(raw).hexdigest(),
-        splits=splits,
+        splits={split: _families(record, content) for split, content in record["splits"].items()},
     )
 
 
-def _families(
-    content: Any, parts: Mapping[str, tuple[str, str]], completions: tuple[str, str], path: Path, split: str
-) -> tuple[Family, ...]:
-    """Families of one split, with every slot accounted for."""
-    if not isinstance(content, dict) or content.keys() != {"families", "fillers"}:
-        raise ValueError(f"{path}: field 'splits.{split}' must hold 'families' and 'fillers', and no more")
-    fillers = {name: tuple(entries) for name, entries in content["fillers"].items()}
+def _families(record: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[Family, ...]:
+    """Families of one split, each with the one class-dependent part that its template names."""
+    fillers = {key: tuple(entries) for key, entries in content["fillers"].items()}
+    completions = tuple(record["completions"])
     families = []
     for name, lines in content["families"].items():
-        where = f"splits.{split}.families.{name}"
         text = "\n".join(lines)
-        used = [part for part in parts if part in Template(text).get_identifiers()]
-        if len(used) != 1 or len(re.findall(rf"\$\{{?{used[0]}\b", text)) != 1:
-            raise ValueError(f"{path}: field {where!r} must hold one class-dependent part, once; parts: {[*parts]}")
-        variants = parts[used[0]]
-        family = Family(name=name, text=text, part=used[0], variants=variants, completions=completions, fillers=fillers)
-        for slot in family.slots:
-            if _list_of(slot) not in fillers:
-                raise ValueError(f"{path}: field {where!r} has the slot {slot!r}; fillers: {', '.join(fillers)}")
-        if family.size < 1:
-            raise ValueError(f"{path}: field {where!r} has more slots than its fillers have entries")
-        families.append(family)
+        (part,) = record["parts"].keys() & set(Template(text).get_identifiers())
+        variants = tuple(record["parts"][part])
+        families.append(
+            Family(name=name, text=text, part=part, variants=variants, completions=completions, fillers=fillers)
+        )
     return tuple(families)
-
-
-def _check_disjoint(splits: Mapping[str, Any], path: Path) -> None:
-    """Every family, template and filler stands once in the file, so that splits share none."""
-    seen: dict[tuple[str, str], str] = {}
-    for split, content in splits.items():
-        entries = [("family", name) for name in content["families"]]
-        entries += [("template", "\n".join(lines)) for lines in content["families"].values()]
-        entries += [("filler", entry) for listed in content["fillers"].values() for entry in listed]
-        for kind, entry in entries:
-            if (kind, entry) in seen:
-                where = seen[kind, entry]
-                raise ValueError(f"{path}: field 'splits.{split}' repeats the {kind} {entry!r} of 'splits.{where}'")
-            seen[kind, entry] = split
 
 
 def _parse_lines(raw: bytes, path: Path) -> Task:
     """A user's own task: one pair per line."""
-    records: dict[int, dict[str, str]] = {}
-    lines_of: dict[tuple[str, ...], int] = {}
+    records: list[dict[str, str]] = []
+    line_of: dict[frozenset[tuple[str, str]], int] = {}
     for number, line in enumerate(raw.splitlines(), start=1):
         if line.strip():
             record = _object(line, f"{path}, line {number}")
             _check_pair(record, f"{path}, line {number}")
-            key = tuple(record[field] for field in _PAIR_FIELDS)
-            if key in lines_of:
-                raise ValueError(f"{path}, line {number}: field 'clean' repeats the pair of line {lines_of[key]}")
-            lines_of[key] = number
-            records[number] = record
+            # A pair is the same pair with its texts exchanged: it may not stand in two splits.
+            key = frozenset({(record["clean"], record["answer"]), (record["corrupt"], record["other"])})
+            if line_of.setdefault(key, number) != number:
+                raise ValueError(f"{path}, line {number}: field 'clean' repeats the pair of line {line_of[key]}")
+            records.append(record)
     if not records:
         raise ValueError(f"{path}: no pairs; one JSON object per line with the fields {', '.join(_PAIR_FIELDS)}")
-    completions = list(dict.fromkeys(record[f] for record in records.values() for f in ("answer", "other")))
+    completions = list(dict.fromkeys(record[f] for record in records for f in ("answer", "other")))
     oriented = len(completions) == 2
     listed: dict[str, list[Pair]] = {}
-    for record, split in _deal(records.values()):
+    for record, split in _deal(records):
         label = completions.index(record["answer"]) if oriented else 0
-        listed.setdefault(split, []).append(Pair(*(record[field] for field in _PAIR_FIELDS), label))
+        clean, corrupt, answer, other = (record[field] for field in _PAIR_FIELDS)
+        listed.setdefault(split, []).append(Pair(clean, corrupt, answer, other, label))
     return Task(
         name=path.stem,
         description=f"own task of {path.name}",
@@ -553,7 +468,7 @@ def _parse_lines(raw: bytes, path: Path) -> Task:
 
 
 def _check_pair(record: Mapping[str, Any], where: str) -> None:
-    for field in record.keys() - {*_PAIR_FIELDS, "split"}:
+    for field in sorted(record.keys() - {*_PAIR_FIELDS, "split"}):
         raise ValueError(f"{where}: unknown field {field!r}; allowed: {', '.join(_PAIR_FIELDS)}, split")
     for field in _PAIR_FIELDS:
         if not isinstance(record.get(field), str) or not record[field]:
@@ -565,7 +480,7 @@ def _check_pair(record: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: field 'split' is {record['split']!r}; allowed: {', '.join(SPLITS)}")
 
 
-def _deal(records: Iterator[dict[str, str]] | Any) -> list[tuple[dict[str, str], str]]:
+def _deal(records: Sequence[dict[str, str]]) -> list[tuple[dict[str, str], str]]:
     """Give each record its split; those that name none are dealt out by their hash, whatever their order."""
     named = [(record, record["split"]) for record in records if "split" in record]
     rest = [record for record in records if "split" not in record]
@@ -581,11 +496,3 @@ def _object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
     return record
-
-
-def _two(value: Any, path: Path, field: str) -> tuple[str, str]:
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
-        raise ValueError(f"{path}: field {field!r} must be two texts, one per class, got {value!r}")
-    if value[0] == value[1]:
-        raise ValueError(f"{path}: field {field!r} must differ by class, got {value!r}")
-    return value[0], value[1]

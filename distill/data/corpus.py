@@ -3,7 +3,7 @@
 A source is a short string: `stdlib`, `package:NAME`, `idioms:MEGABYTES`, a folder path (or `folder:PATH`), or
 `hf:NAME[:CONFIG][@SPLIT][#COLUMN]`. Each yields documents with a name that does not depend on where on the disk they
 lie; the split and the order of the documents follow from a hash of that name with the seed, so that adding a source
-or a file moves no other document to the other side.
+or a file moves no other document to the other side (unless that side would be empty).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _TEST_FOLDERS = frozenset({"test", "tests", "__pycache__", "site-packages", "dis
 _TEST_FILES = ("test_*.py", "*_test.py", "conftest.py")
 # Left out besides the tests: what distributions strip, and what a build writes with its own paths.
 _STDLIB_FOLDERS = frozenset({"idlelib", "turtledemo", "lib-dynload"})
-_STDLIB_FILES = ("_sysconfigdata_*.py", "_sysconfig_vars_*.py")
+_STDLIB_FILES = ("_sysconfigdata_*.py", "_sysconfig_vars_*.py", "python-config.py")
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,12 @@ def read_corpus(
     documents, counts = _collect(readings)
     if not documents:
         raise ValueError(f"sources: {', '.join(sources)} hold no text")
-    places = {id(document): _place(document.name, seed) for document in documents}
-    documents.sort(key=lambda document: (places[id(document)], document.name))
+    documents.sort(key=lambda document: (_place(document.name, seed, "order"), document.name))
     documents = _capped(documents, max_bytes)
-    held = _held_out([places[id(document)] for document in documents], heldout_fraction)
-    # The place that decided the side would put the held-out files first; order each side by a hash of its own.
-    documents_in_order = sorted(
-        zip(documents, held, strict=True), key=lambda pair: (_place(pair[0].name, seed, "order"), pair[0].name)
-    )
+    held = _held_out([_place(document.name, seed, "side") for document in documents], heldout_fraction)
     return Corpus(
-        train=[document for document, out in documents_in_order if not out],
-        heldout=[document for document, out in documents_in_order if out],
+        train=[document for document, out in zip(documents, held, strict=True) if not out],
+        heldout=[document for document, out in zip(documents, held, strict=True) if out],
         heldout_fraction=heldout_fraction,
         seed=seed,
         sources=[_source_record(reading, documents, counts[reading.source]) for reading in readings],
@@ -192,7 +187,7 @@ def _held_out(places: Sequence[float], fraction: float) -> list[bool]:
             f"heldout_fraction: got {fraction}, but there is a single document and the split is by document; "
             "allowed is 0, or give the text as several files"
         )
-    border = min(max(fraction, min(places) + sys.float_info.min), max(places))
+    border = min(fraction, max(places))
     held = [place < border for place in places]
     return held if any(held) else [place == min(places) for place in places]
 
@@ -203,7 +198,7 @@ def _source_record(reading: _Reading, documents: Sequence[Document], counts: dic
     return {"source": reading.source, "licence": reading.licence, "files": len(own), "bytes": size, **counts}
 
 
-def _place(name: str, seed: int, purpose: str = "split") -> float:
+def _place(name: str, seed: int, purpose: str) -> float:
     """Where a name falls in [0, 1), evenly spread."""
     digest = hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
     return int.from_bytes(digest[:6]) / 2**48
@@ -273,10 +268,10 @@ def _licence(package: str) -> str:
     if not distributions:
         return UNKNOWN_LICENCE
     about = metadata.metadata(distributions[0])
-    if expression := about.get("License-Expression"):
-        return expression
-    named = [line.split(" :: ")[-1] for line in about.get_all("Classifier", []) if line.startswith("License :: ")]
-    first = (about.get("License") or "").strip().partition("\n")[0].strip()
+    if "License-Expression" in about:
+        return about["License-Expression"]
+    named = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if line.startswith("License :: ")]
+    first = about["License"].strip().partition("\n")[0].strip() if "License" in about else ""
     return ", ".join(named) or first[:100] or UNKNOWN_LICENCE
 
 
@@ -326,7 +321,7 @@ def _generated(wanted: float, seed: int) -> Iterator[tuple[str, str | None]]:
 def _hugging_face(source: str, address: str, max_bytes: int | None) -> Iterator[tuple[str, str | None]]:
     """Rows of a dataset's text column; opened at once, so that a wrong name or column is told at once."""
     from datasets import load_dataset  # takes a second to import, and most corpora do not need it
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     address, _, column = address.partition("#")
     address, _, split = address.partition("@")
@@ -340,14 +335,15 @@ def _hugging_face(source: str, address: str, max_bytes: int | None) -> Iterator[
         raise ValueError(f"source {source!r}: no dataset {name!r} was found on the hub or as a folder") from None
     except ConnectionError as error:
         raise ValueError(f"source {source!r}: the hub cannot be reached: {_one_line(error)}") from None
-    except ValueError as error:
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
         raise ValueError(f"source {source!r}: {_one_line(error)}") from None
     columns = list(data.column_names or data.features or ())
     column = column or next((guess for guess in TEXT_COLUMNS if guess in columns), "")
     if column not in columns:
         got = f"has no column {column!r}" if column else f"has no column named {' or '.join(TEXT_COLUMNS)}"
         raise ValueError(f"source {source!r}: {got}, add #COLUMN; allowed are {', '.join(columns)}")
-    return _rows(source, f"{name}/{config or 'default'}/{split}", data.select_columns([column]), column, max_bytes)
+    short = Path(name).name if Path(name).is_dir() else name
+    return _rows(source, f"{short}/{config or 'default'}/{split}", data.select_columns([column]), column, max_bytes)
 
 
 def _rows(source: str, prefix: str, data: Any, column: str, max_bytes: int | None) -> Iterator[tuple[str, str | None]]:

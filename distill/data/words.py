@@ -44,44 +44,44 @@ ADJECTIVES = _words(
     agile ancient arctic azure bold brave brief bright brisk broad bronze calm careful clever cloudy coarse cold
     cosmic crimson crisp curious curved damp daring dark deep distant dusty eager early elder exact faint fancy
     fierce floral fresh frozen gentle gilded glad golden grand grave green grim hardy hasty heavy hidden hollow
-    humble idle inner jolly keen kind large late lazy level lively lonely loud lucky lunar mellow merry mighty
-    mild misty modest narrow neat nimble noble northern odd old outer pale patient plain polar polite proud pure
-    quick quiet rapid rare ready remote rich rough round royal rural rustic sacred scarlet secret shaded sharp
-    shiny silent silver simple sleepy slim slow smooth solar solid southern spare stark steady steep stern still
+    humble idle inner jolly keen kind large late lazy lively lonely loud lucky lunar mellow merry mighty mild
+    misty modest narrow neat nimble noble northern odd old outer pale patient plain polar polite proud pure
+    quick quiet rapid rare remote rich rough round royal rural rustic sacred scarlet secret shaded sharp shiny
+    silent silver simple sleepy slim slow smooth solar solid southern spare stark steady steep stern still
     stormy strange strong subtle sudden sunny swift tall tame tender thick thin tidy tiny tough tranquil urban
     vacant vast vivid warm western wild windy wise witty young
     """
 )
 VERBS = _words(
     """
-    adjust admit align arrange assemble attach balance blend borrow bounce brush build carry carve catch chase
-    climb collect combine compare convert cook cover crush decorate deliver descend divide donate drain draw
-    drift drop explore extend fasten feed ferry fetch fill finish fix float fold follow forward gather glide
-    glue grab greet grind guard guide handle hang harvest heal heat hide hoist hover hunt inspect inspire invite
-    join juggle jump kindle knit knock label launch lead lean lend lift light limit listen load lower mark match
-    measure melt mend merge mix mount move notice observe offer open order pack paint parade patch pave peel
-    place plant play polish pour praise press protect prune pull push quench reach rebuild recall refill release
-    remind remove repair rescue rest restore reveal rinse rotate row sample scan scatter search season select
-    separate settle shake shape share sharpen shelter shift shine sift signal sketch slice solve sort spill spin
-    spread stack steer stir store stretch sweep switch teach test tie toss trace trade travel trim turn twist
-    uncover unlock unpack visit wake walk wander warn wash watch water weave weigh whisper widen wrap
+    adjust admit align arrange assemble attach balance blend borrow bounce brush carry carve catch chase climb
+    combine compare convert cook cover crush decorate deliver descend divide donate drain draw drift drop
+    explore extend fasten feed ferry fetch fill finish fix float fold follow forward gather glide glue grab
+    greet grind guard guide handle hang harvest heal heat hide hoist hover hunt inspect inspire invite juggle
+    jump kindle knit knock label launch lead lean lend lift light limit listen lower mark measure melt mend
+    merge mix mount move notice observe offer pack paint parade patch pave peel place plant play polish pour
+    praise press protect prune pull push quench reach rebuild recall refill release remind repair rescue rest
+    restore reveal rinse rotate sample scan scatter season select separate settle shake shape share sharpen
+    shelter shift shine sift signal sketch slice solve sort spill spin spread stack steer stir store stretch
+    sweep switch teach tie toss trace trade travel trim turn twist uncover unlock unpack visit wake wander wash
+    watch water weave weigh whisper widen wrap
     """
 )
 WORDS = _words(
     """
     about above across after again alone along among any apart around away back before behind below beneath
     beside better between beyond both bring by carefully clearly closed coming crowded daily done down during
-    each eight either else empty enough even evening ever every failed far few first five forever found four
-    full gone good half happy hard here high home hundred inside invalid just last least left less long lost
-    many maybe middle missing month more morning most much near nearly never new next nine noon nothing now off
-    often okay once one only other out over past perhaps please quite rarely right safe same saved second seven
-    several short since six small some soon sorry sound started stopped such ten thanks that then there third
-    this three through time today together tomorrow tonight too toward true twice two under until up upon usual
-    very wait week welcome well whole why winter with within without wrong year yesterday yet you apple autumn
-    bread butter cheese cherry cloud coffee cream dinner family farm fire floor flower forest friend glass grass
-    house juice kitchen lake leaf letter lunch market milk moon mother mountain music night paper party people
-    pocket rain road room salt school sea sheep ship shoe shop sky snow soup spring star station stone storm
-    story street sugar summer sun table tea thing ticket tree wall weather wind window wood world
+    each eight either else empty enough even evening ever every failed far few five forever four full gone good
+    half happy hard here high home hundred inside invalid just least less long lost many maybe middle missing
+    month more morning most much near nearly never new next nine noon nothing now off often okay once only other
+    over past perhaps please quite rarely safe same saved seven several short since six small some soon sorry
+    sound started stopped such ten thanks that then there third this three through time today together tomorrow
+    tonight too toward true twice under until up upon usual very wait week welcome well whole why winter with
+    within without wrong year yesterday yet you apple autumn bread butter cheese cherry cloud coffee cream
+    dinner family farm fire floor flower forest friend glass grass house juice kitchen lake leaf letter lunch
+    market milk moon mother mountain music night paper party people pocket rain road room salt school sea sheep
+    ship shoe shop sky snow soup spring star station stone storm story street sugar summer sun tea thing ticket
+    tree wall weather wind window wood world
     """
 )
 

@@ -28,9 +28,7 @@ _TYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float3
 _GAP_TYPES = (np.uint8, np.uint16)
 
 
-def save_compact(
-    path: str | Path, state_dict: Mapping[str, Tensor], *, half: Collection[str] = ("bigram",)
-) -> None:
+def save_compact(path: str | Path, state_dict: Mapping[str, Tensor], *, half: Collection[str] = ("bigram",)) -> None:
     """Write the tensors of a model to one compact file, in one step.
 
     Arguments:
@@ -138,7 +136,9 @@ def _check_entry(path: Path, name: str, entry: Any, stored: Mapping[str, Tensor]
 
 def _declared_bytes(entry: Mapping[str, Any], array: Tensor | None) -> int:
     """Size of the unpacked tensor; stored dense it has been read already."""
-    size = array.element_size() if entry["storage"] == "dense" and array is not None else _TYPES[entry["dtype"]].itemsize
+    size = (
+        array.element_size() if entry["storage"] == "dense" and array is not None else _TYPES[entry["dtype"]].itemsize
+    )
     return math.prod(entry["shape"]) * size
 
 

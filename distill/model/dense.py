@@ -10,17 +10,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from distill.model import operations as ops
 from distill.model.run import Context, Runnable
 from distill.model.sites import Tap, layer_of, node_locations, wants
+from distill.model.transformer import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,34 @@ class DenseModel(Runnable):
         self.has_positions = self.family.embed_positions is not None
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> "DenseModel":
         """Loads a model from a folder, or by its hub name, in float32 unless `dtype` says otherwise."""
         kwargs.setdefault("dtype", torch.float32)
         return cls(AutoModelForCausalLM.from_pretrained(name_or_folder, **kwargs).eval())
+
+    @classmethod
+    def build_gpt2(cls, architecture: Architecture, *, seed: int = 0) -> "DenseModel":
+        """A new GPT-2 with the vocabulary, context, layers, widths and heads of `architecture`, without dropout.
+
+        Its weights are drawn, as transformers does, from a generator of its own seed. Heads are at least 32 wide.
+        """
+        a = architecture
+        config = GPT2Config(
+            vocab_size=a.vocab_size,
+            n_positions=a.context,
+            n_embd=a.d_model,
+            n_layer=a.n_layer,
+            n_head=max(1, a.d_model // max(a.d_head, 32)),
+            n_inner=a.neurons,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=a.vocab_size - 1,
+            eos_token_id=a.vocab_size - 1,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(GPT2LMHeadModel(config).eval())
 
     @property
     def config(self) -> Any:

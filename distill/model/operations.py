@@ -69,7 +69,7 @@ def linear(
 
 def visible(
     n_query: int, n_key: int, attention_mask: Int[Tensor, "B K"] | Bool[Tensor, "B K"] | None, device: torch.device
-) -> Bool[Tensor, "B 1 Q K"]:
+) -> Bool[Tensor, "#B 1 Q K"]:
     """Which keys each query may see: those not after it, and not padding. Queries are the last of the keys."""
     offset = n_key - n_query
     causal = torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(offset)[None, None]
@@ -82,7 +82,7 @@ def attention_pattern(
     q: Float[Tensor, "B N Q H"],
     k: Float[Tensor, "B N K H"],
     sink: Float[Tensor, " N"] | None,
-    allowed: Bool[Tensor, "B 1 Q K"],
+    allowed: Bool[Tensor, "#B 1 Q K"],
 ) -> Float[Tensor, "B N Q K"]:
     """Attention probabilities [G A.1]: softmax over [sink, scores / sqrt(H)]; the sink's own share is left out, so a
     row sums to at most 1."""

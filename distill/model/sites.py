@@ -14,7 +14,7 @@ interchange are all taps. A tap with an attribute `wants`, a set out of `EXTRAS`
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ FINAL_SITE = "final_resid"
 EXTRAS = frozenset({"pre", "norm_scale", "pattern"})
 
 
+@runtime_checkable
 class Tap(Protocol):
     """What a run calls at every site; see the module's docstring."""
 

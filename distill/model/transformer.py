@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig,
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from distill.command import no_type_check
 from distill.model import operations as ops
 from distill.model.compact import load_compact, save_compact
 from distill.model.run import Context, Runnable
@@ -30,6 +31,7 @@ COMPACT_FILE = "model.sparse.safetensors"
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
+@no_type_check  # it checks its values itself, and says what is allowed
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Shape and options of a weight-sparse transformer [G 2.1, A.1]; every value is checked when it is made."""
@@ -139,6 +141,7 @@ def _require(holds: bool, field: str, value: object, allowed: str) -> None:
         raise ValueError(f"{field}: {value!r} is not possible; allowed: {allowed}")
 
 
+@no_type_check  # transformers passes what is no field on to __post_init__
 class SparseTransformerConfig(PreTrainedConfig):
     """The Hugging Face configuration: the fields of `Architecture`, flat, and those of transformers."""
 
@@ -241,7 +244,7 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def build(cls, architecture: Architecture, *, seed: int = 0) -> Self:
+    def build(cls, architecture: Architecture, *, seed: int = 0) -> "SparseTransformer":
         """A new model with weights drawn from a generator of its own seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

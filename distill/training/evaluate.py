@@ -1,25 +1,15 @@
 """Held-out loss of any model with a `run`: nats per token, over fixed windows."""
 
-from typing import Any, Protocol
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
-class Runs(Protocol):
-    """What both model kinds offer (`SparseTransformer`, `DenseModel`)."""
-
-    training: bool
-
-    def run(self, tokens: Tensor) -> Tensor: ...
-    def train(self, mode: bool = True) -> Any: ...
-    def parameters(self) -> Any: ...
+from distill.model.run import Runnable
 
 
 @torch.no_grad()
-def per_token_losses(model: Runs, windows: Int[Tensor, "n T1"], *, batch: int = 16) -> Float[Tensor, "n T"]:
+def per_token_losses(model: Runnable, windows: Int[Tensor, "n T1"], *, batch: int = 16) -> Float[Tensor, "n T"]:
     """Cross-entropy of every target token, in nats, as float32 on the CPU.
 
     Arguments:
@@ -49,7 +39,7 @@ def per_token_losses(model: Runs, windows: Int[Tensor, "n T1"], *, batch: int = 
     return torch.cat(parts)
 
 
-def heldout_loss(model: Runs, windows: Int[Tensor, "n T1"], *, batch: int = 16) -> float:
+def heldout_loss(model: Runnable, windows: Int[Tensor, "n T1"], *, batch: int = 16) -> float:
     """Mean cross-entropy in nats per token, over all targets of all windows.
 
     Arguments and errors as for `per_token_losses`.

@@ -6,7 +6,7 @@ sink logits and biases that are not projected do not.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -82,22 +82,24 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, sharkfin: float) -> 
         group["lr"] = rate * sharkfin if group["name"] == "sparse" else rate
 
 
-def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Euclidean norm of the gradient of each parameter that has one, as scalars on the device."""
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True)) if gradients else {}
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm of all gradients together, a scalar on the device; a parameter without one counts as zeros."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def scale_gradients_(parameters: Mapping[str, nn.Parameter], rms: float, mode: GradRms) -> None:
+def scale_gradients_(parameters: Iterable[nn.Parameter], rms: float, mode: GradRms) -> None:
     """Bring the root mean square of the gradient over all parameters to 1 ("normalize") or under 1 ("clip").
 
     The source speaks of clipping, but with a mean loss the root mean square is far below 1 and a clip never acts;
     normalising is what its results rest on. A gradient of zero stays zero.
 
     Arguments:
-        rms: the root mean square now.
+        parameters: all that are trained.
+        rms: the root mean square of their gradient now.
         mode: "normalize", "clip" or "off".
     """
     if mode == "off" or rms == 0 or (mode == "clip" and rms <= 1):
         return
-    torch._foreach_mul_([p.grad for p in parameters.values() if p.grad is not None], 1.0 / rms)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(1.0 / rms)

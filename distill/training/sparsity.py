@@ -257,7 +257,7 @@ def _dead_pairs(used: Mapping[str, Tensor], pairs: tuple[tuple[str, str], ...]) 
 
 def _dead_residual(used: Mapping[str, Tensor]) -> Bool[Tensor, " D"]:
     """Residual channels that nothing writes or nothing reads."""
-    embedding = next((mask for name, mask in used.items() if _module(name) == "embed"), None)
+    embedding = next((mask for name, mask in used.items() if _module(name) == "embed_tokens"), None)
     if embedding is None:
         return torch.zeros(0, dtype=torch.bool)
     width = embedding.shape[1]
@@ -266,7 +266,7 @@ def _dead_residual(used: Mapping[str, Tensor]) -> Bool[Tensor, " D"]:
     read = embedding.any(0) if tied else torch.zeros_like(written)
     for name, mask in used.items():
         module = _module(name)
-        if module == "embed" or (module == "position" and mask.shape[1] == width):
+        if module == "embed_tokens" or (module == "embed_positions" and mask.shape[1] == width):
             written = written | mask.any(0)
         elif module in _WRITERS and name.endswith(".weight"):
             written = written | mask.any(1)

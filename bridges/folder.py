@@ -1,0 +1,147 @@
+"""The folder of a student with its bridges, which loads by its path.
+
+    model/         the student, a Hugging Face model folder
+    bridges/       encoders and decoders
+    dense.json     which dense model they belong to, and which student
+    bridges.json   metrics
+
+Names in it stay as they are; whatever else lies in the folder (logs, checkpoints) is not needed to load it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from bridges.maps import Bridges, check_bridges
+from distill.artifact import ArtifactError, read_json, write_json
+from distill.model.load import load_model
+from distill.model.run import Runnable
+from distill.model.transformer import SparseTransformer
+
+MODEL, BRIDGES, DENSE, METRICS_FILE = "model", "bridges", "dense.json", "bridges.json"
+
+
+class BridgeMismatchError(ValueError):
+    """Bridges and a dense model that do not belong together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRecord:
+    """Which dense model a student was fitted to."""
+
+    name: str
+    """Path or hub name it was loaded by."""
+    fingerprint: str
+    """SHA-256 (hex) of its configuration and weights."""
+    n_layer: int
+    """Layers."""
+    d_model: int
+    """Width of its residual stream, in channels."""
+    vocab_size: int
+    """Tokens in its vocabulary."""
+
+    @classmethod
+    def of(cls, dense: Runnable, name: str) -> "DenseRecord":
+        """The record of a model that is known as `name`."""
+        return cls(
+            name=name,
+            fingerprint=dense.fingerprint(),
+            n_layer=dense.n_layer,
+            d_model=dense.d_model,
+            vocab_size=dense.vocab_size,
+        )
+
+    def check(self, dense: Runnable, name: str = "the model given") -> None:
+        """`BridgeMismatchError` naming both unless `dense`, known as `name`, is the model of the record."""
+        found = dense.fingerprint()
+        if found != self.fingerprint:
+            raise BridgeMismatchError(
+                f"dense: the bridges were fitted to {self.name!r} with fingerprint {self.fingerprint[:12]}, "
+                f"but {name!r} has {found[:12]}; allowed is the model they were fitted to"
+            )
+
+    def load(self) -> Runnable:
+        """The dense model by its name, checked. `ValueError` where it cannot be found or is another one now."""
+        dense = load_model(self.name)
+        self.check(dense, self.name)
+        return dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgedInfo:
+    """What a folder says beside the student and the bridges."""
+
+    dense: DenseRecord
+    """The dense model."""
+    metrics: Mapping[str, Any]
+    """As `bridge_metrics` returned them."""
+
+
+def save_bridged(
+    folder: str | Path,
+    student: SparseTransformer,
+    bridges: Bridges,
+    dense: DenseRecord,
+    metrics: Mapping[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    compact: bool = False,
+) -> None:
+    """Write student, bridges, the dense model's record and the metrics into `folder`, over what is there.
+
+    Arguments:
+        tokenizer: saved beside the student.
+        compact: leave the student's zeros out of its file (`SparseTransformer.save_compact`).
+    """
+    folder = Path(folder)
+    model = folder / MODEL
+    model.mkdir(parents=True, exist_ok=True)
+    if compact:
+        student.save_compact(model)
+    else:
+        student.save_pretrained(model)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(model)
+    bridges.save(folder / BRIDGES)
+    # Of what was written, not of what is in memory: a compact file may round.
+    written = load_model(model).fingerprint()
+    write_json(folder / METRICS_FILE, metrics)
+    write_json(folder / DENSE, {**asdict(dense), "student": written})
+
+
+def load_bridged(
+    folder: str | Path, dense: Runnable | None = None, *, dense_name: str = "the model given"
+) -> tuple[SparseTransformer, Bridges, BridgedInfo]:
+    """The student, the bridges and what is known of them, from a folder by `fit_bridges` or `save_bridged`.
+
+    Arguments:
+        dense: the dense model to go with them, which is checked; None leaves that to `info.dense.check(...)`, or to
+            `info.dense.load()`, which finds it by its name.
+        dense_name: what to call `dense` in an error.
+
+    Raises `BridgeMismatchError` for another dense model, `ArtifactError` for a folder that is not whole or whose
+    parts do not belong together, `ValueError` for a student that cannot be loaded.
+    """
+    folder = Path(folder)
+    known = read_json(folder / DENSE, what="dense model record")
+    metrics = read_json(folder / METRICS_FILE, what="bridge metrics")
+    if not isinstance(known, dict) or not isinstance(metrics, dict):
+        raise ArtifactError(f"{folder}: {DENSE} and {METRICS_FILE} must each hold a JSON object")
+    fingerprint = known.pop("student", None)
+    try:
+        record = DenseRecord(**known)
+    except TypeError as error:
+        raise ArtifactError(f"{folder / DENSE}: does not say which dense model it is: {error}") from None
+    if dense is not None:
+        record.check(dense, dense_name)
+    student = load_model(folder / MODEL)
+    if not isinstance(student, SparseTransformer):
+        raise ArtifactError(f"{folder / MODEL}: is a {type(student).__name__}, needed is a sparse student")
+    if student.fingerprint() != fingerprint:
+        raise ArtifactError(f"{folder / MODEL}: is not the student that {DENSE} speaks of, it was changed or damaged")
+    bridges = Bridges.load(folder / BRIDGES)
+    check_bridges(bridges, n_layer=record.n_layer, d_dense=record.d_model, d_sparse=student.d_model)
+    return student, bridges.eval(), BridgedInfo(dense=record, metrics=metrics)

@@ -1,0 +1,15 @@
+"""Fast exact CPU operations beside the plain ones of `distill.model`: compiled on first use, float32, token-major.
+
+`available()` says whether this machine has them; each gives what the plain operation gives, which a test holds it to.
+"""
+
+from distill.model.kernels.build import library
+from distill.model.kernels.linear import Pattern, sparse_linear
+from distill.model.kernels.topk import abs_topk
+
+__all__ = ["Pattern", "abs_topk", "available", "sparse_linear"]
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used on this machine; the first call compiles them (seconds)."""
+    return library() is not None

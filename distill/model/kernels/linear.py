@@ -1,0 +1,147 @@
+"""Linear maps whose weight is mostly zeros, compiled: exact forward and gradients."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from distill.model.kernels.build import call, threads
+
+DENSE_GRADIENT = 0.5
+"""Share of non-zeros in the output's gradient from which on the weight gradient is a dense product."""
+
+_BLOCK = 64
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_local = threading.local()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pattern:
+    """A matrix without its zeros: the entries row by row and column by column.
+
+    An entry is 8 bytes of one int64: the column (or row) as int32 and the value as float32.
+    """
+
+    rows: int
+    columns: int
+    row_start: Tensor
+    by_row: Tensor
+    column_start: Tensor
+    by_column: Tensor
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that are not zero, in [0, 1]."""
+        return self.by_row.numel() / max(self.rows * self.columns, 1)
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "o i"]) -> Self:
+        """The entries of `weight`, kept until it is changed in place (as torch counts changes: not through `.data`)."""
+        state = (weight.data_ptr(), weight._version, tuple(weight.shape))
+        found = _kept.get(weight)
+        if found is None or found[0] != state:
+            found = _kept[weight] = (state, cls._build(weight.detach().contiguous()))
+        return found[1]
+
+    @classmethod
+    def _build(cls, weight: Tensor) -> Self:
+        rows, columns = weight.shape
+        slabs = threads(weight.numel())
+        row_start = torch.empty(rows + 1, dtype=torch.int32)
+        column_start = torch.empty(columns + 1, dtype=torch.int32)
+        place = torch.empty(slabs, columns, dtype=torch.int32)
+        call("pattern_count", weight, rows, columns, row_start, slabs)
+        by_row, by_column = (torch.empty(int(row_start[-1]), dtype=torch.int64) for _ in range(2))
+        call("pattern_fill", weight, rows, columns, row_start, by_row, column_start, by_column, place, slabs, slabs)
+        return cls(
+            rows=rows,
+            columns=columns,
+            row_start=row_start,
+            by_row=by_row,
+            column_start=column_start,
+            by_column=by_column,
+        )
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+        x = x.contiguous()
+        ctx.pattern = pattern
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        out = x.new_empty(*x.shape[:-1], pattern.rows)
+        tokens = x.numel() // pattern.columns
+        bias = None if bias is None else bias.contiguous()
+        n = threads(tokens * (pattern.rows + pattern.columns))
+        call(
+            "linear_forward", pattern.row_start, pattern.by_row, pattern.rows, pattern.columns, x, bias, tokens, out, n
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        pattern: Pattern = ctx.pattern
+        rows, columns = pattern.rows, pattern.columns
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad = grads[0].contiguous()
+        tokens = grad.numel() // rows
+        n = threads(tokens * (rows + columns))
+        grad_x = grad.new_empty(*grad.shape[:-1], columns) if needs_x else None
+        if not needs_weight:
+            if grad_x is not None:
+                by_column = (pattern.column_start, pattern.by_column)
+                call("linear_forward", *by_column, columns, rows, grad, None, tokens, grad_x, n)
+            return grad_x, None, grad.reshape(-1, rows).sum(0) if needs_bias else None, None
+        count = -(-tokens // _BLOCK)
+        blocks = _workspace(count * rows * _BLOCK)
+        mask = torch.empty(count, rows, dtype=torch.int64)
+        sums = grad.new_empty(count, rows)
+        filled = torch.empty(count, dtype=torch.int64)
+        by_column = (pattern.column_start, pattern.by_column)
+        call("linear_backward", *by_column, rows, columns, grad, tokens, blocks, mask, sums, filled, grad_x, n)
+        (x,) = ctx.saved_tensors
+        if int(filled.sum()) > DENSE_GRADIENT * grad.numel():
+            grad_weight = _dense_product(grad.reshape(-1, rows), x.reshape(-1, columns))
+        else:
+            grad_weight = grad.new_empty(rows, columns)
+            call("linear_weight", blocks, mask, rows, columns, x, tokens, grad_weight, n)
+        return grad_x, grad_weight, sums.sum(0) if needs_bias else None, None
+
+
+def _workspace(count: int) -> Tensor:
+    """Memory that a thread keeps between calls: fresh memory costs a page fault per 4 KB."""
+    held = getattr(_local, "held", None)
+    if held is None or held.numel() < count:
+        held = _local.held = torch.empty(count)
+    return held
+
+
+def _dense_product(left: Float[Tensor, "n o"], right: Float[Tensor, "n i"]) -> Float[Tensor, "o i"]:
+    """left^T right, by oneDNN where torch has it."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(left.T, right.T, None, "none", [], "")
+    return left.T @ right
+
+
+def sparse_linear(
+    x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "*rows o"]:
+    """x W^T + b without the zeros of W, for float32 on a CPU where `available()`: exact but for the order of sums.
+
+    The gradient of the weight is dense: an entry that is zero now may enter the weight later [G A.2]. It costs less where
+    the gradient that comes in is mostly zero itself, as behind an AbsTopK. What a zero weight would have made of an
+    infinite or NaN activation (NaN) does not arise. Differentiable once.
+    """
+    assert x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu", f"{x.dtype}, {weight.dtype}, {x.device}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return F.linear(x, weight, bias)
+    out = _SparseLinear.apply(x, weight, bias, Pattern.of(weight))
+    assert isinstance(out, Tensor)
+    return out

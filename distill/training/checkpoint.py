@@ -1,0 +1,150 @@
+"""Checkpoints: everything a training needs to go on as if it had never stopped.
+
+`checkpoints/step-00000100/` holds `weights.safetensors` (trained parameters and buffers; frozen ones do not change),
+`moments.safetensors` (the optimiser's state) and `state.json` (step, configuration, random state). A folder appears
+whole or not at all, so a killed process or a full disk leaves the one before it. The position in the data is the step.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill.artifact import (
+    MANIFEST,
+    ArtifactError,
+    Provenance,
+    fresh_folder,
+    load_tensors,
+    read_json,
+    read_manifest,
+    remove_folder,
+    save_tensors,
+    write_json,
+)
+
+WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps of the run in `folder` lies."""
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{MANIFEST}"))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    modules: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    state: Mapping[str, Any],
+    provenance: Provenance,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then delete all but the `keep` newest.
+
+    Arguments:
+        folder: the run.
+        step: optimiser steps done.
+        modules: what is trained.
+        optimizer: the optimiser of its parameters.
+        state: JSON values that `load_checkpoint` shall give back.
+        provenance: of the run.
+        keep: checkpoints that stay, 1 and more.
+
+    Returns the checkpoint's folder. Raises `ArtifactError` or `OSError` when it cannot be written; the earlier ones
+    stay as they are then.
+    """
+    path = checkpoint_path(folder, step)
+    origin = replace(provenance, kind="run", extra={**provenance.extra, "step": step})
+    with fresh_folder(path, origin, replace=True) as fresh:
+        save_tensors(fresh / WEIGHTS, _state_tensors(modules), {"kind": "weights"})
+        save_tensors(fresh / MOMENTS, _moments(modules, optimizer), {"kind": "moments"})
+        write_json(fresh / STATE, {"step": step, **state, "random": random_state()})
+    for old in checkpoints(folder)[:-keep]:
+        remove_folder(old, "run")
+    return path
+
+
+def load_checkpoint(path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, moments and random state back, in place.
+
+    Returns the content of `state.json`: `step` and what was saved with it. Raises `ArtifactError` for a checkpoint that
+    is damaged or belongs to other modules, before anything is changed.
+    """
+    read_manifest(path, "run")
+    weights, _ = load_tensors(path / WEIGHTS, kind="weights")
+    moments, _ = load_tensors(path / MOMENTS, kind="moments")
+    state = read_json(path / STATE, what="training state")
+    if not isinstance(state, dict) or type(state.get("step")) is not int or "random" not in state:
+        raise ArtifactError(f"{path / STATE}: holds no 'step' and 'random'")
+    current = _state_tensors(modules)
+    if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in weights.items()}:
+        names = sorted(set(current) ^ set(weights)) or [n for n in current if current[n].shape != weights[n].shape]
+        raise ArtifactError(f"{path / WEIGHTS}: was made by other modules, they differ in {names[0]!r}")
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(weights[name])
+    by_name = dict(modules.named_parameters())
+    optimizer.state.clear()
+    for key, tensor in moments.items():
+        name, _, slot = key.rpartition("/")
+        optimizer.state[by_name[name]][slot] = tensor.to(by_name[name].device)
+    try:
+        restore_random_state(state["random"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{path / STATE}: 'random' is no random state ({error})") from None
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, numpy's and torch's global generators (CUDA's where it runs), as JSON values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": [state.numpy().tobytes().hex() for state in devices],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned; anything else raises KeyError, TypeError, ValueError or RuntimeError."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([_bytes(text) for text in state["cuda"]])
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def _state_tensors(modules: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters and buffers by name."""
+    trained = {name: p.detach() for name, p in modules.named_parameters() if p.requires_grad}
+    return trained | dict(modules.named_buffers())
+
+
+def _moments(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as `{parameter}/{slot}`; parameters that never had a gradient have none."""
+    return {
+        f"{name}/{slot}": value
+        for name, parameter in modules.named_parameters()
+        if parameter in optimizer.state
+        for slot, value in optimizer.state[parameter].items()
+    }

@@ -1,0 +1,89 @@
+"""Train a dense model on the same corpus and tokenizer as a sparse one.
+
+    python recipes/train_dense.py --corpus runs/sparse.tokens --out runs/dense
+    python recipes/train_dense.py --kind gpt2 --corpus runs/sparse.tokens --out runs/dense_gpt2
+
+The kind `same` is the code of the sparse model at kept fraction 1: the counterpart for comparisons of circuits, whose
+width is to be chosen so that the held-out losses match. The kind `gpt2` is a plain Hugging Face GPT-2. Folders and
+--resume are as in train_sparse.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from distill import command
+from distill.artifact import default_out
+from distill.data import prepare
+from distill.model import Architecture, DenseModel, SparseTransformer
+from distill.training import TrainConfig, plan, pretrain
+
+GPT2 = {"kind": "gpt2", "architecture.d_model": 128, "config.grad_rms": "clip", "config.eps": 1e-8}
+PRESETS = {
+    "gpt2": GPT2 | {"config.learning_rate": 3e-3},
+    "tiny": {"architecture.d_model": 32, "architecture.n_layer": 1, "config.steps": 20, "config.batch": 4},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of train_dense."""
+
+    kind: Literal["same", "gpt2"] = "same"
+    """same: the sparse model's code at kept fraction 1; gpt2: Hugging Face's GPT-2."""
+    corpus: tuple[str, ...] = ("stdlib",)
+    """Texts: stdlib, package:NAME, idioms:MEGABYTES, a folder, hf:NAME, or one folder of packed tokens."""
+    vocab_size: int = 2048
+    """Size of the BPE tokenizer trained on the corpus."""
+    architecture: Architecture = Architecture(context=128, n_layer=3, d_model=64)
+    """Shape of the model; GPT-2 takes its layers, widths, heads and context from it."""
+    config: TrainConfig = TrainConfig(context=128, steps=2500, learning_rate=0.02)
+    """Length and rate of the training; kept stays 1."""
+    out: Path = default_out("dense")
+    """Run folder."""
+    seed: int = 0
+    """Seed of weights, of the held-out files and of the order of the data."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    overwrite: bool = False
+    """Delete an earlier run in the folder first."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+def train_dense(options: Options) -> None:
+    """Prepare the data, build the model, train."""
+    if options.config.kept != 1:
+        raise ValueError(f"config.kept: {options.config.kept}; a dense model keeps 1, train_sparse takes other values")
+    architecture = replace(options.architecture, vocab_size=options.vocab_size)
+    build = DenseModel.build_gpt2 if options.kind == "gpt2" else SparseTransformer.build
+    model = build(architecture, seed=options.seed).to(command.pick_device(options.device))
+    config = replace(options.config, seed=options.seed)
+    print(plan(model, config))
+    if options.dry_run:
+        return
+    tokens = options.out.with_name(options.out.name + ".tokens")
+    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed)
+    done = pretrain(
+        model,
+        data,
+        config,
+        options.out,
+        tokenizer=data.tokenizer(),
+        command="recipes/train_dense.py",
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    print(f"held-out loss {done.heldout_loss:.3f} nats per token after {done.tokens:,} tokens; model in {done.folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe on a command line; returns the exit status."""
+    return command.run(train_dense, Options, argv, description=__doc__ or "", presets=PRESETS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,188 @@
+"""Pruning finds the planted circuit; targets, prices and budgets do what they say; bad input is named."""
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distill.circuits.ablation import MeansMismatchError, NonFiniteError, node_means
+from distill.circuits.prune import (
+    LABEL_BETTER,
+    Price,
+    PruneConfig,
+    TargetError,
+    prune,
+    prune_batches,
+    target_for,
+)
+from distill.circuits.tasks import load_task
+
+QUICK = {"steps": 40, "pairs": 8}
+
+
+def run(model, means, make_prompts, **settings):
+    config = PruneConfig(**(QUICK | settings))
+    return prune_batches(model, "opener", make_prompts(64, 1), make_prompts(32, 2), means, config)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_planted_circuit_is_found_exactly(make_planted, make_prompts, make_windows, planted_names, seed):
+    model = make_planted(seed)
+    before = model.fingerprint()
+    circuit = run(model, node_means(model, make_windows()), make_prompts, seed=seed)
+    assert set(circuit.node_names) == set(planted_names)
+    assert circuit.losses["circuit"] <= circuit.target == 0.15
+    assert circuit.losses["calibrated"] <= circuit.losses["circuit"] + 1e-3
+    assert circuit.losses["empty"] > 0.5 > circuit.losses["full"]
+    assert model.fingerprint() == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_circuit(planted, planted_means, make_prompts):
+    first, second = (run(planted, planted_means, make_prompts, seed=4, clean_up=0) for _ in range(2))
+    assert first.node_names == second.node_names and first.losses == second.losses
+    for location, score in first.scores.items():
+        assert torch.equal(score, second.scores[location])
+
+
+def test_clean_up_only_removes(planted, planted_means, make_prompts):
+    rough, clean = (run(planted, planted_means, make_prompts, seed=1, steps=3, screen=0, clean_up=runs) for runs in (0, 60))
+    assert rough.provenance["nodes_before_clean_up"] == rough.n_nodes == clean.provenance["nodes_before_clean_up"]
+    assert clean.n_nodes < rough.n_nodes
+    assert not any(bool(mask.any()) for mask in clean.difference(rough).values())
+
+
+@pytest.mark.parametrize("settings", [{"controller": "coefficient"}, {"tie_qk": False}])
+def test_other_settings_meet_the_target_too(planted, planted_means, make_prompts, planted_names, settings):
+    circuit = run(planted, planted_means, make_prompts, **settings)
+    assert set(circuit.node_names) >= set(planted_names)
+    assert circuit.losses["circuit"] <= 0.15
+
+
+def test_without_screening_all_nodes_start_on(planted, planted_means, make_prompts):
+    circuit = run(planted, planted_means, make_prompts, screen=0, steps=1, lr=1e-6)
+    tau = torch.cat(list(circuit.scores.values()))
+    assert float((tau - 0.1).abs().max()) < 0.05 and float(tau.min()) > 0
+
+
+def test_dense_models_and_untied_means_per_position(make_planted, make_prompts, make_windows):
+    model = make_planted(0, None)
+    circuit = run(model, node_means(model, make_windows(), per_position=True), make_prompts)
+    assert circuit.losses["circuit"] == pytest.approx(circuit.losses["competition"], abs=1e-6)
+    assert circuit.provenance["ablation"] == "mean per position"
+
+
+def test_the_summary_is_plain_json_with_everything_needed_to_run_again(planted, planted_means, make_prompts):
+    circuit = run(planted, planted_means, make_prompts, time_budget=0.5)
+    provenance = json.loads(json.dumps(circuit.to_json()))["provenance"]
+    assert PruneConfig(**provenance["config"]) == PruneConfig(**QUICK, time_budget=0.5)
+    assert sum(provenance["seconds"].values()) < 1.5
+    assert provenance["label"] == ""
+
+
+def test_a_target_below_the_model_is_labelled(planted, planted_means, make_prompts):
+    with torch.no_grad():
+        planted.unembed.weight *= 0.3
+    means = node_means(planted, torch.randint(0, 5, (32, 12), generator=torch.Generator().manual_seed(0)))
+    full = run(planted, means, make_prompts, target=0.6).losses["full"]
+    try:
+        circuit = run(planted, means, make_prompts, target=full * 0.99)
+    except TargetError as error:
+        assert f"the full model has {full:.4g}" in str(error)
+    else:
+        assert circuit.provenance["label"] == LABEL_BETTER
+        assert circuit.losses["circuit"] <= circuit.target < full
+
+
+def test_a_target_out_of_reach_says_what_was_reached(planted, planted_means, make_prompts):
+    with torch.no_grad():
+        planted.unembed.weight.zero_()
+    means = node_means(planted, torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(TargetError, match="0.1 nats is out of reach: the full model has 0.6931"):
+        run(planted, means, make_prompts, target=0.1, steps=2)
+    with pytest.raises(ValueError, match="relative: got 'a full model at 0.693 nats'"):
+        run(planted, means, make_prompts, relative=True)
+
+
+def test_relative_target_by_hand():
+    assert target_for(PruneConfig(target=0.2), full=0.0) == 0.2
+    assert target_for(PruneConfig(relative=True), full=0.0) == pytest.approx(0.17 * math.log(2))
+    assert target_for(PruneConfig(relative=True), full=0.5) == pytest.approx(math.log(2) - 0.83 * (math.log(2) - 0.5))
+
+
+def test_the_price_follows_the_target():
+    config = PruneConfig(price_rate=0.02, smoothing=0.5, k_coef=1e-4)
+    price = Price(config, target=0.1)
+    price.update(0.01)  # log(0.1) is below -1: clipped
+    assert price.value == pytest.approx(1e-4 * math.exp(0.02))
+    price.update(0.21)  # the running mean is 0.11 now
+    assert price.value == pytest.approx(1e-4 * math.exp(0.02 - 0.02 * math.log(1.1)))
+    fixed = Price(PruneConfig(controller="coefficient", k_coef=3e-4), target=0.1)
+    fixed.update(0.01)
+    assert fixed.value == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective": "faithful"}, "objective: got 'faithful'; allowed: paper"),
+        ({"controller": "none"}, "controller: got 'none'; allowed: constraint, coefficient"),
+        ({"target": 0.0}, "target: got 0.0; allowed: numbers above 0"),
+        ({"target": math.nan}, "target: got nan"),
+        ({"lr": -1.0}, "lr: got -1.0"),
+        ({"smoothing": 1.0}, "smoothing: got 1.0"),
+        ({"steps": 0}, "steps: got 0; allowed: 1 and more"),
+        ({"clean_up": -1}, "clean_up: got -1"),
+        ({"start_room": 0.5}, "start_room: got 0.5"),
+        ({"start_spread": 2.0}, "start_spread: got 2.0"),
+        ({"init_bias": 2.0}, "init_bias: got 2.0"),
+        ({"time_budget": 0.0}, "time_budget: got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
+    ],
+)
+def test_bad_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        PruneConfig(**settings)
+
+
+def test_means_of_another_model_are_refused(planted, make_planted, make_prompts, make_windows):
+    with pytest.raises(MeansMismatchError, match="means: measured on model"):
+        run(planted, node_means(make_planted(1), make_windows()), make_prompts)
+
+
+def test_broken_activations_are_named(planted, planted_means, make_prompts, make_windows):
+    means = node_means(planted, make_windows())
+    with torch.no_grad():
+        planted.layers[0].attn_q.bias[3] = float("nan")
+    object.__setattr__(means, "model", planted.fingerprint())
+    with pytest.raises(NonFiniteError, match=r"0\.attn\.q: activations are not finite"):
+        run(planted, means, make_prompts)
+
+
+def test_an_empty_task_is_refused(planted, planted_means, make_prompts):
+    batch = make_prompts(4, 0)
+    with pytest.raises(ValueError, match="task: got 'opener'; allowed: tasks with at least one pair"):
+        prune_batches(planted, "opener", batch.select(slice(0, 0)), batch, planted_means, PruneConfig())
+
+
+def test_from_a_task_file_and_a_tokenizer(tmp_path, planted, planted_means, make_prompts, planted_names):
+    words = "A B x y e C D".split()
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="x"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    lines = []
+    batch = make_prompts(120, 3)
+    for row in range(120):
+        clean, corrupt = (
+            " ".join(words[int(token)] for token in batch.tokens[place, : int(batch.last[place]) + 1])
+            for place in (row, row + 120)
+        )
+        answer, other = words[int(batch.answer[row])], words[int(batch.other[row])]
+        lines.append(json.dumps({"clean": clean, "corrupt": corrupt, "answer": f" {answer}", "other": f" {other}"}))
+    path = tmp_path / "opener.jsonl"
+    path.write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    circuit = prune(planted, load_task(path), fast, planted_means, PruneConfig(**QUICK), model_name="planted")
+    assert set(circuit.node_names) == set(planted_names)
+    assert circuit.task == load_task(path).name and circuit.model_name == "planted"

@@ -1,0 +1,218 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill.model import Architecture, Record, Replace, SparseTransformer, residual_sites
+from distill.model.sites import KINDS
+
+TINY = Architecture(vocab_size=31, context=16, n_layer=2, d_model=16, d_head=4)
+OPTIONS = [
+    TINY,
+    Architecture(**{**vars(TINY), "position": "added"}),
+    Architecture(**{**vars(TINY), "position": "concat", "d_position": 3}),
+    Architecture(**{**vars(TINY), "norm": "layer", "norm_bias": True, "sink": False, "activation": "gelu_new"}),
+    Architecture(**{**vars(TINY), "topk_at": (*KINDS, "resid_post_mlp"), "residual_activation": "relu"}),
+    Architecture(**{**vars(TINY), "topk_fraction": None, "bigram": False, "linear_bias": False, "logits_bias": True}),
+    Architecture(**{**vars(TINY), "tied_unembedding": True, "n_head": 2, "d_mlp": 24}),
+]
+
+
+def _model(architecture: Architecture = TINY) -> SparseTransformer:
+    model = SparseTransformer.build(architecture, seed=1).eval()
+    if model.bigram is not None:
+        torch.nn.init.normal_(model.bigram, generator=torch.Generator().manual_seed(2))
+    return model.requires_grad_(False)
+
+
+def _tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(0, 31, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_stop_then_start_equals_the_whole_run(architecture: Architecture) -> None:
+    model, tokens = _model(architecture), _tokens()
+    whole = model.run(tokens)
+    for site in residual_sites(2):
+        residual = model.run(tokens, stop=site)
+        assert torch.equal(model.run(tokens, start=site, residual=residual), whole)
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_every_location_can_be_read_and_written(architecture: Architecture) -> None:
+    model, tokens = _model(architecture), _tokens()
+    record = Record()
+    whole = model.run(tokens, tap=record)
+    assert {name: record.values[name].shape[-1] for name in model.widths} == dict(model.widths)
+    assert set(record.values) == set(model.widths) | set(residual_sites(2))
+    assert torch.equal(model.run(tokens, tap=Replace(record.values)), whole)
+    for site in record.values:
+        changed = model.run(tokens, tap=Replace({site: record.values[site] + 1}))
+        # A shift of all q alike can leave a softmax as it is; no other site may be without effect.
+        assert site.endswith(".q") or not torch.equal(changed, whole), site
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_cache_and_padding_change_nothing(architecture: Architecture) -> None:
+    model, tokens = _model(architecture), _tokens()
+    whole = model.run(tokens)
+    first = model(tokens[:, :5], use_cache=True)
+    rest = model.run(tokens[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(12) >= 3).long().expand(2, -1)
+    ids = (torch.arange(12) - 3).clamp(min=0).expand(2, -1)
+    torch.testing.assert_close(model.run(padded, attention_mask=mask, position_ids=ids)[:, 3:], whole)
+
+
+def test_abs_topk_keeps_a_quarter_at_every_location() -> None:
+    record = Record()
+    model = _model()
+    model.run(_tokens(), tap=record)
+    for location, width in model.widths.items():
+        assert int((record.values[location] != 0).sum(-1).max()) <= width // 4
+
+
+def test_the_bigram_table_adds_the_row_of_the_current_token() -> None:
+    model, tokens = _model(), _tokens()
+    with_table = model.run(tokens)
+    assert model.bigram is not None
+    table = model.bigram.clone()
+    model.bigram.zero_()
+    torch.testing.assert_close(with_table - model.run(tokens), table[tokens])
+
+
+def test_extras_are_handed_to_a_tap_that_wants_them() -> None:
+    class All:
+        wants = frozenset({"pre", "norm_scale", "pattern"})
+        seen: dict[str, torch.Tensor] = {}
+
+        def __call__(self, site: str, x: torch.Tensor, /) -> torch.Tensor:
+            self.seen[site] = x
+            return x
+
+    model, tokens, tap = _model(), _tokens(), All()
+    torch.testing.assert_close(model.run(tokens, tap=tap), model.run(tokens))
+    residual = tap.seen["1.resid_mid"]
+    rms = residual.pow(2).mean(-1, keepdim=True)
+    torch.testing.assert_close(tap.seen["1.mlp.norm_scale"], torch.rsqrt(rms + 1e-5))
+    assert tap.seen["0.attn.pattern"].shape == (2, 4, 9, 9)
+    assert float(tap.seen["0.attn.pattern"].sum(-1).max()) < 1
+    assert tap.seen["0.attn.q.pre"].ne(0).all()
+    assert "final.norm_scale" in tap.seen
+
+
+def test_saving_and_loading(tmp_path: Path) -> None:
+    model, tokens = _model(), _tokens()
+    model.save_pretrained(tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert isinstance(loaded, SparseTransformer)
+    assert torch.equal(loaded.run(tokens), model.run(tokens))
+    assert loaded.fingerprint() == model.fingerprint()
+    assert AutoConfig.from_pretrained(tmp_path / "dense").architecture == TINY
+
+
+def test_compact_storage_keeps_every_weight(tmp_path: Path) -> None:
+    model = _model()
+    for parameter in model.parameters():
+        parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.1)
+    model.save_compact(tmp_path)
+    loaded = SparseTransformer.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        expected = value.half().float() if name == "bigram" else value
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+def test_generate_with_and_without_cache() -> None:
+    model, tokens = _model(), _tokens(1, 4)
+    texts = [
+        model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache, attention_mask=tokens.ge(0).long())
+        for cache in (True, False)
+    ]
+    assert texts[0].shape == (1, 12)
+    assert torch.equal(texts[0], texts[1])
+
+
+def test_the_loss_is_the_mean_over_shifted_targets() -> None:
+    model, tokens = _model(), _tokens()
+    logits = model.run(tokens)
+    log_p = logits.log_softmax(-1)
+    targets = [-float(log_p[b, t, tokens[b, t + 1]]) for b in range(2) for t in range(8)]
+    assert model(tokens, labels=tokens).loss.item() == pytest.approx(sum(targets) / 16, rel=1e-5)
+
+
+def test_seeds_reproduce() -> None:
+    assert SparseTransformer.build(TINY, seed=5).fingerprint() == SparseTransformer.build(TINY, seed=5).fingerprint()
+    assert SparseTransformer.build(TINY, seed=5).fingerprint() != SparseTransformer.build(TINY, seed=6).fingerprint()
+
+
+def test_matrices_are_the_weights_between_the_locations() -> None:
+    model = _model()
+    widths = model.widths
+    for (source, target), weight in model.matrices().items():
+        assert weight.shape == (widths[target], widths[source])
+    assert len(model.matrices()) == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_layer", 0),
+        ("d_model", 18),
+        ("topk_fraction", 0.0),
+        ("topk_fraction", 1.5),
+        ("topk_at", ("attn.nowhere",)),
+        ("norm", "batch"),
+        ("norm_bias", True),
+        ("norm_eps", -1.0),
+        ("activation", "swish"),
+        ("residual_activation", "gelu"),
+        ("position", "rotary"),
+        ("d_position", 4),
+        ("n_head", 0),
+    ],
+)
+def test_impossible_values_are_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field) as error:
+        Architecture(**{**vars(TINY), "n_head": None, field: value})
+    assert "allowed" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": "0.resid_in"}, "start"),
+        ({"residual": torch.zeros(2, 9, 16)}, "start"),
+        ({"stop": "7.resid_in"}, "stop"),
+        ({"stop": "0.resid_in", "start": "1.resid_in", "residual": torch.zeros(2, 9, 16)}, "stop"),
+    ],
+)
+def test_impossible_stretches_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model().run(_tokens(), **arguments)
+
+
+def test_texts_that_do_not_fit_are_refused_with_numbers() -> None:
+    with pytest.raises(ValueError, match="17 tokens; the context of this model is 16"):
+        _model().run(_tokens(1, 17))
+    with pytest.raises(ValueError, match="vocabulary of this model has 31"):
+        _model().run(torch.tensor([[3, 31]]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 100), cut=st.integers(1, 8))
+def test_the_future_never_reaches_back(seed: int, cut: int) -> None:
+    model, tokens = _model(), _tokens()
+    other = tokens.clone()
+    other[:, cut:] = torch.randint(0, 31, other[:, cut:].shape, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(model.run(tokens)[:, :cut], model.run(other)[:, :cut])
+
+
+def test_a_new_model_starts_near_the_uniform_guess() -> None:
+    model = SparseTransformer.build(Architecture(vocab_size=512, context=32, n_layer=2, d_model=64), seed=0)
+    tokens = torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(0))
+    assert model(tokens, labels=tokens).loss.item() == pytest.approx(math.log(512), abs=1.0)
