@@ -106,15 +106,16 @@ def recorded(model: Runnable, tokens: Int[Tensor, "B T"]) -> tuple[Float[Tensor,
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """All models in evaluation mode; their modes are put back at the end."""
-    modes = [model.training for model in models]
+    """All models in evaluation mode; the mode of every part is put back at the end."""
+    # Part by part: a wrapper may call itself in training while the model in it is not.
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Share:

@@ -89,6 +89,20 @@ class NodeMasks(nn.Module):
         return {location: groups[index.to(groups.device)] for location, index in self.index.items()}
 
     @torch.no_grad()
+    def start(self, scores: Float[Tensor, "groups"], on: int, top: float) -> None:
+        """Starts with the `on` best-scored groups kept: tau falls linearly along the ranking, through 0 at rank `on`.
+
+        The best group starts at `top`, the last one at its negative. Masks that all start alike also fall alike, and
+        when every node of a path is off no gradient says that it was needed.
+        """
+        total = len(scores)
+        rank = torch.empty_like(scores)
+        order = torch.argsort(scores, descending=True, stable=True)
+        rank[order] = torch.arange(total, device=scores.device, dtype=scores.dtype)
+        below = -(rank - on + 1) / max(total - on, 1)
+        self.tau.copy_(top * torch.where(rank < on, 1 - rank / on, below))
+
+    @torch.no_grad()
     def clamp(self) -> None:
         """Brings tau back into [-1, 1]; to be called after each optimiser step."""
         self.tau.clamp_(-1, 1)

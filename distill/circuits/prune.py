@@ -2,15 +2,16 @@
 
 In the order of the code:
 
-1. *Learn* a mask per node: minimise task loss + coefficient * (number of kept nodes). The coefficient is fixed, as in
+1. *Screen*: rank the nodes by attribution, and start near the smallest circuit that this ranking gives.
+2. *Learn* a mask per node: minimise task loss + coefficient * (number of kept nodes). The coefficient is fixed, as in
    the source, or is found on the way: the constraint controller raises the price of a node while the loss is under the
    target and lowers it while the loss is above, so that there is nothing to tune.
-2. *Discretise*: rank the nodes by tau and find, on one fixed batch of validation prompts, the smallest number of
+3. *Discretise*: rank the nodes by tau and find, on one fixed batch of validation prompts, the smallest number of
    nodes whose task loss meets the target: a grid first, as the loss is not monotone in the number kept, then bisection.
    From here on pruned channels do not compete for AbsTopK slots.
-3. *Clean up*: remove further nodes, those first of which the gradient says that they matter least, in batches that grow
+4. *Clean up*: remove further nodes, those first of which the gradient says that they matter least, in batches that grow
    while the target still holds and halve where it does not, down to single nodes.
-4. *Calibrate*: fit scale and shift of the answers' logit difference on training prompts.
+5. *Calibrate*: fit scale and shift of the answers' logit difference on training prompts.
 """
 
 import math
@@ -19,23 +20,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.circuits.ablation import Means, MeansMismatchError
-from distill.circuits.answers import (
-    CHANCE,
-    Calibration,
-    answer_difference,
-    calibrate,
-    check_finite,
-    frozen,
-    take,
-    two_way_loss,
-)
+from distill.circuits.answers import CHANCE, answer_difference, check_finite, frozen, take, two_way_loss
+from distill.circuits.attribution import attribute
 from distill.circuits.circuit import Circuit
-from distill.circuits.masks import MaskTap, NodeMasks, Nodes, all_nodes
+from distill.circuits.masks import MaskTap, NodeMasks, all_nodes
+from distill.circuits.selection import Judge, as_nodes, clean_up, discretise, smallest
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.model.run import Runnable
 
@@ -44,10 +38,6 @@ CONTROLLERS = ("constraint", "coefficient")
 RELATIVE = 0.83
 """Share of the way from chance to the full model that a circuit has to keep under a relative target."""
 LABEL_BETTER = "better than the model: not faithful"
-
-
-class TargetError(ValueError):
-    """No circuit of the ranking found meets the target; the message says what was reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +54,20 @@ class PruneConfig:
     """How a node is priced: constraint (the price follows the target) or coefficient (`k_coef`, as in the source)."""
     k_coef: float = 1e-4
     """Price of a node in nats: fixed under coefficient, the starting point under constraint."""
-    price_rate: float = 0.02
+    price_rate: float = 0.1
     """Largest change of the logarithm of the price in one step, under constraint."""
     smoothing: float = 0.9
     """Decay of the running mean of the loss that the price follows, in [0, 1)."""
-    steps: int = 150
+    steps: int = 120
     """Optimiser steps."""
-    pairs: int = 16
+    pairs: int = 8
     """Pairs of prompts per step; each pair is two prompts."""
     train_pairs: int = 256
     """Pairs of the training split to draw steps from."""
     val_pairs: int = 32
     """Pairs of the validation split that decide which nodes stay."""
-    lr: float = 1e-2
-    """Learning rate of tau at its peak."""
+    lr: float = 3e-2
+    """Learning rate of tau at its peak; the source has 3e-3 and far more steps."""
     weight_decay: float = 1e-3
     """Weight decay of tau."""
     beta1: float = 0.9
@@ -89,7 +79,7 @@ class PruneConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient of tau."""
     screen: int = 8
-    """Points of the integrated gradients that choose where learning starts; 0 starts with all nodes on, as the source."""
+    """Points of the attribution that chooses where learning starts; 0 starts with all nodes on, as the source."""
     start_room: float = 2.0
     """Nodes on at the start, as a multiple of the smallest screened circuit that meets the target."""
     start_spread: float = 0.3
@@ -106,7 +96,7 @@ class PruneConfig:
     """Whether the target is judged after calibration; both losses are reported either way."""
     margin: float = 0.0
     """Standard errors of the validation loss that have to fit under the target on top of the loss."""
-    clean_up: int = 60
+    clean_up: int = 40
     """Most validation runs spent on removing nodes after discretising; 0 leaves the clean-up out."""
     time_budget: float | None = None
     """Seconds to stay within, by fewer steps and a shorter clean-up; results then depend on the machine's speed."""
@@ -184,13 +174,12 @@ def prune_batches(
     clock = _Clock(config.time_budget)
     with frozen(model):
         check_finite(model, val)
-        judge = _Judge(model, means, train, val, config)
+        judge = Judge(model, means, train, val, calibrated=config.calibrated, margin=config.margin)
         full, empty = judge.loss(None), judge.loss(all_nodes(model.widths, keep=False))
         target = target_for(config, full)
         masks = new_masks(model, config)
         if config.screen:
-            scores = attribute(model, train, means, config, masks)
-            start_from(masks, scores, smallest(masks, scores, judge, target)[0], config)
+            screen(masks, train, judge, config, target)
         seconds = {"screen": clock.lap()}
         learn(model, train, means, config, target, masks, clock.share(0.7))
         seconds["learn"] = clock.lap()
@@ -270,40 +259,14 @@ def new_masks(model: Runnable, config: PruneConfig) -> NodeMasks:
     ).to(next(model.parameters()).device)
 
 
-def attribute(
-    model: Runnable, train: TaskBatch, means: Means, config: PruneConfig, masks: NodeMasks
-) -> Float[Tensor, "groups"]:
-    """What each group matters to the task: |dJ/dm|, mean over points at which all masks have one value in (0, 1).
-
-    In nats, at least 0. A gradient at the full model alone would be 0 wherever the task is solved without effort; the
-    sign is dropped as a node that is needed may do harm while what it works with is still half off. One batch of
-    training pairs per point of `config.screen`.
-    """
+def screen(masks: NodeMasks, train: TaskBatch, judge: Judge, config: PruneConfig, target: float) -> None:
+    """Starts the masks at `start_room` times the smallest circuit that attribution alone finds for the target."""
     order = _Order(len(train) // 2, config.pairs, config.seed)
-    total = torch.zeros_like(masks.tau)
-    means = means.to(total.device)
-    for point in range(config.screen):
-        mask = torch.full_like(total, (point + 0.5) / config.screen).requires_grad_()
-        tap = MaskTap(masks.spread(mask), means, competition=True)
-        loss = two_way_loss(answer_difference(model, take(train, order.next()), tap))
-        total += torch.autograd.grad(loss, mask)[0].abs() / config.screen
-    return total
-
-
-@torch.no_grad()
-def start_from(masks: NodeMasks, scores: Float[Tensor, "groups"], count: int | None, config: PruneConfig) -> None:
-    """Starts learning near a screened circuit: tau falls linearly along the ranking, through 0 at `start_room` * count.
-
-    The best group starts at `start_spread`, the last one at its negative. Masks that all start alike also fall alike,
-    and when every node of a path is off no gradient says that it was needed. None, where the screening found nothing,
-    lets all start on.
-    """
-    total = len(scores)
-    on = total if count is None else min(total, max(1, round(config.start_room * count)))
-    rank = torch.empty_like(scores)
-    rank[torch.argsort(scores, descending=True, stable=True)] = torch.arange(total, device=scores.device).float()
-    above, below = 1 - rank / on, -(rank - on + 1) / max(total - on, 1)
-    masks.tau.copy_(config.start_spread * torch.where(rank < on, above, below))
+    batches = [take(train, order.next()) for _ in range(config.screen)]
+    scores = attribute(judge.model, batches, judge.means, masks)
+    count, _ = smallest(masks, scores, judge, target, refine=False)
+    on = len(scores) if count is None else min(len(scores), round(config.start_room * count))
+    masks.start(scores, on, config.start_spread)
 
 
 def learn(
@@ -361,154 +324,6 @@ class _Order:
             self.left = torch.randperm(self.total, generator=self.generator)
         chosen, self.left = self.left[: self.batch], self.left[self.batch :]
         return chosen
-
-
-class _Judge:
-    """Task losses of node sets on one fixed batch of validation prompts."""
-
-    def __init__(self, model: Runnable, means: Means, train: TaskBatch, val: TaskBatch, config: PruneConfig) -> None:
-        self.model, self.val, self.config = model, val, config
-        self.means = means.to(next(model.parameters()).device)
-        self.fit = take(train, torch.arange(min(len(train), len(val)) // 2))
-        self.runs = 0
-
-    @torch.no_grad()
-    def difference(self, nodes: Nodes | None, batch: TaskBatch, *, competition: bool = False) -> Float[Tensor, "n"]:
-        """Logit differences of the circuit, or with None of the full model."""
-        tap = None if nodes is None else MaskTap(nodes, self.means, competition=competition)
-        self.runs += 1
-        return answer_difference(self.model, batch, tap).float().cpu()
-
-    def loss(self, nodes: Nodes | None) -> float:
-        """Task loss before calibration."""
-        return float(two_way_loss(self.difference(nodes, self.val)))
-
-    def calibration(self, nodes: Nodes) -> Calibration:
-        """Scale and shift fitted on training prompts."""
-        return calibrate(self.difference(nodes, self.fit), self.fit.orientation)
-
-    def judged(self, nodes: Nodes) -> float:
-        """What is held against the target: loss, calibrated if the configuration says so, plus the margin."""
-        difference = self.difference(nodes, self.val)
-        if self.config.calibrated:
-            difference = self.calibration(nodes)(difference, self.val.orientation)
-        each = torch.nn.functional.softplus(-difference)
-        return float(each.mean()) + self.config.margin * float(each.std(correction=0)) / math.sqrt(len(each))
-
-    def report(self, nodes: Nodes) -> dict[str, float]:
-        """Losses of the final circuit: as it is, calibrated, and with pruned channels competing."""
-        difference = self.difference(nodes, self.val)
-        calibrated = self.calibration(nodes)(difference, self.val.orientation)
-        competing = self.difference(nodes, self.val, competition=True)
-        losses = {"circuit": difference, "calibrated": calibrated, "competition": competing}
-        return {name: float(two_way_loss(value)) for name, value in losses.items()}
-
-    def importance(self, masks: NodeMasks, kept: Bool[Tensor, "groups"]) -> Float[Tensor, "groups"]:
-        """First-order change of the loss on removing each group: -dJ/dm = -gradient x (activation - mean)."""
-        weight = kept.float().requires_grad_()
-        self.runs += 1
-        loss = two_way_loss(answer_difference(self.model, self.val, MaskTap(masks.spread(weight), self.means)))
-        return -torch.autograd.grad(loss, weight)[0]
-
-
-def as_nodes(masks: NodeMasks, kept: Bool[Tensor, "groups"]) -> Nodes:
-    """The node set of some groups."""
-    return {location: mask.cpu() for location, mask in masks.spread(kept).items()}
-
-
-def smallest(
-    masks: NodeMasks, scores: Float[Tensor, "groups"], judge: _Judge, target: float
-) -> tuple[int | None, dict[int, float]]:
-    """The smallest number of groups, taken by descending score (ties by index), whose loss meets the target.
-
-    A grid from few to many comes first, as the loss is not monotone, then bisection below the first that meets it.
-    Returns the number, or None where no number on the grid meets the target, and all losses seen by number of groups.
-    """
-    order = torch.argsort(scores, descending=True, stable=True)
-    seen: dict[int, float] = {}
-
-    def meets(count: int) -> bool:
-        seen[count] = judge.judged(as_nodes(masks, _first(order, count)))
-        return seen[count] <= target
-
-    low = 0
-    for high in _grid(int((scores > 0).sum()), len(scores)):
-        if meets(high):
-            break
-        low = high
-    else:
-        return None, seen
-    while high - low > max(1, high // 32):
-        middle = (low + high) // 2
-        low, high = (low, middle) if meets(middle) else (middle, high)
-    return high, seen
-
-
-def _first(order: Int[Tensor, "groups"], count: int) -> Bool[Tensor, "groups"]:
-    kept = torch.zeros_like(order, dtype=torch.bool)
-    kept[order[:count]] = True
-    return kept
-
-
-def discretise(masks: NodeMasks, judge: _Judge, target: float, full: float) -> Bool[Tensor, "groups"]:
-    """The groups of largest tau, as few as meet the target. TargetError naming the best loss seen where none do."""
-    tau = masks.tau.detach()
-    order = torch.argsort(tau, descending=True, stable=True)
-    count, seen = smallest(masks, tau, judge, target)
-    if count is None:
-        closest, best = min(seen.items(), key=lambda item: item[1])
-        nodes = int(masks.count[_first(order, closest)].sum())
-        raise TargetError(
-            f"target: {target:.4g} nats is out of reach: the full model has {full:.4g}, the best circuit found "
-            f"{best:.4g} with {nodes} nodes; give a higher target, a relative one, or more steps"
-        )
-    return _first(order, count)
-
-
-def _grid(on: int, total: int) -> list[int]:
-    """Counts to try, upwards: by factors of sqrt 2 around the number of masks that are on, then doubling to all."""
-    near = [round(max(on, 1) * 2 ** (step / 2)) for step in range(-8, 3)]
-    far = [round(max(on, 1) * 2.0**step) for step in range(2, 40)]
-    return sorted({count for count in near + far if 1 <= count < total} | {total})
-
-
-def clean_up(
-    masks: NodeMasks,
-    kept: Bool[Tensor, "groups"],
-    judge: _Judge,
-    target: float,
-    runs: int,
-    spent: Callable[[], float] = lambda: 0.0,
-) -> Bool[Tensor, "groups"]:
-    """Removes kept groups while the loss on the validation prompts meets the target.
-
-    Groups are tried in batches, in the order of their first-order importance, which is taken anew after each removal;
-    a batch doubles after a success and halves after a failure, and a group that fails alone stays. Ends when every
-    group left has failed alone, after `runs` validation runs, or when `spent` reaches 1.
-    """
-    needed = torch.zeros_like(kept)
-    last_run = judge.runs + runs
-    size = max(1, int(kept.sum()) // 4)
-    ranked = torch.empty(0, dtype=torch.long)
-    while judge.runs < last_run and spent() < 1:
-        if not len(ranked):
-            importance = judge.importance(masks, kept)
-            importance[~kept | needed] = math.inf
-            order = torch.argsort(importance, stable=True)
-            ranked = order[: int((kept & ~needed).sum())]
-            if not len(ranked):
-                break
-        trial = kept.clone()
-        trial[ranked[:size]] = False
-        if judge.judged(as_nodes(masks, trial)) <= target:
-            kept, ranked = trial, ranked[:0]
-            size *= 2
-        elif min(size, len(ranked)) == 1:
-            needed[ranked[0]] = True
-            ranked = ranked[1:]
-        else:
-            size = max(1, min(size, len(ranked)) // 2)
-    return kept
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from distill.data.corpus import Corpus, Document, read_corpus
 from distill.data.prepare import prepare
+from distill.data.sample import load_sample, save_sample, spread_windows
 from distill.data.tokens import (
     Sampler,
     TokenData,
@@ -22,10 +23,13 @@ __all__ = [
     "TokenData",
     "batch_at",
     "load_ids",
+    "load_sample",
     "pack",
     "prepare",
     "read_corpus",
     "save_ids",
+    "save_sample",
+    "spread_windows",
     "tokenizer_fingerprint",
     "train_tokenizer",
     "vocabulary_size",

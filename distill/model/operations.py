@@ -1,6 +1,7 @@
 """The operations under the one forward, in plain torch: what a reader reads.
 
-Each is a pure function of tensors. A faster form of one stands beside the plain one that a test holds it to.
+Each is a pure function of tensors. A faster form of one stands beside the plain one that a test holds it to; `set_path`
+chooses between them for the whole process.
 """
 
 import math
@@ -10,6 +11,26 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from distill.model import kernels
+
+
+PATHS = ("auto", "plain")
+_path = "auto"
+
+
+def set_path(path: str) -> None:
+    """Chooses the operations: auto takes the compiled ones where there are such, plain never. ValueError for others."""
+    global _path
+    if path not in PATHS:
+        raise ValueError(f"path: {path!r} is no set of operations; allowed are {', '.join(PATHS)}")
+    _path = path
+
+
+def native(x: Tensor) -> bool:
+    """Whether the compiled operations are to be used on a tensor like this one."""
+    return _path == "auto" and x.dtype == torch.float32 and x.device.type == "cpu" and kernels.available()
 
 
 def norm_scale(x: Float[Tensor, "*rows D"], *, center: bool, eps: float) -> Float[Tensor, "*rows 1"]:
@@ -34,6 +55,18 @@ def scaled(
     return x if bias is None else x + bias
 
 
+_densities: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def density(weight: Float[Tensor, "o i"]) -> float:
+    """Share of non-zeros, counted again only when the weight has changed."""
+    state = (weight.data_ptr(), weight._version)
+    known = _densities.get(weight)
+    if known is None or known[0] != state:
+        known = _densities[weight] = (state, int(weight.count_nonzero()) / max(weight.numel(), 1))
+    return known[1]
+
+
 class _OneDnnLinear(torch.autograd.Function):
     """x W^T + b by oneDNN, which on many CPUs takes half of the time of the default library."""
 
@@ -47,6 +80,9 @@ class _OneDnnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grads[0].reshape(-1, weight.shape[0])
         grad_x = _product(rows, weight.T, None).view_as(x) if ctx.needs_input_grad[0] else None
+        if native(x) and ctx.needs_input_grad[1]:
+            grad_weight, grad_bias = kernels.weight_gradient(grads[0], x)
+            return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None
         grad_weight = _product(rows.T, x.reshape(-1, x.shape[-1]).T, None) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
@@ -58,8 +94,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear(
     x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*rows o"]:
-    """x W^T + b."""
-    plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    """x W^T + b: without the zeros of W where there are many, by oneDNN elsewhere, plainly where asked for."""
+    if native(x) and x.numel() and kernels.worth_it(*weight.shape, density(weight)):
+        return kernels.sparse_linear(x, weight, bias)
+    plain = _path == "plain" or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     if plain or not torch.backends.mkldnn.is_available() or x.numel() == 0:
         return F.linear(x, weight, bias)
     out = _OneDnnLinear.apply(x, weight, bias)

@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from distill.model import kernels
+from distill.model.operations import native
+
 
 def kth_largest(x: Float[Tensor, "*rows width"], k: int) -> Float[Tensor, "*rows 1"]:
     """The k-th largest entry of each row, by selection without sorting.
@@ -61,6 +64,8 @@ def abs_topk(x: Float[Tensor, "*rows width"], k: int) -> Float[Tensor, "*rows wi
         raise ValueError(f"k: {k} channels kept; allowed are 1 and more")
     if k >= x.shape[-1]:
         return x
+    if native(x):
+        return kernels.abs_topk(x, k)
     out = _AbsTopK.apply(x, k)
     assert isinstance(out, Tensor)
     return out

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from distill.artifact import Provenance, fresh_folder, remove_folder, write_manifest
-from distill.data.tokens import TokenData, windows
+from distill.data.sample import save_sample, spread_windows
+from distill.data.tokens import TokenData
 from distill.model import DenseModel, SparseTransformer
 from distill.training.evaluate import heldout_loss
 from distill.training.sparsity import sparse_parameters, sparsity_report
@@ -20,6 +21,8 @@ from distill.training.trainer import Objective, TrainConfig, train
 
 EVALUATION_WINDOWS = 64
 """Held-out windows looked at during training, spread over all of them."""
+SAMPLE_WINDOWS = 512
+"""Held-out windows that the final loss is measured on and that are kept beside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,6 @@ def next_token_loss(model: SparseTransformer | DenseModel) -> Objective:
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), {}
 
     return objective
-
-
-def spread_windows(ids: Any, context: int, limit: int) -> Int[Tensor, "n T1"]:
-    """At most `limit` windows of `context` targets, evenly spread over the ids."""
-    every = windows(ids, context)
-    return every[:: max(1, len(every) // limit)][:limit]
 
 
 def start_run(folder: Path, provenance: Provenance, *, resume: bool, overwrite: bool) -> None:
@@ -123,19 +120,28 @@ def pretrain(
         provenance=provenance,
     )
     seconds = time.perf_counter() - began
-    loss = heldout_loss(model, spread_windows(data.heldout, config.context, 4 * EVALUATION_WINDOWS))
+    sample = spread_windows(data.heldout, config.context, SAMPLE_WINDOWS)
+    loss = heldout_loss(model, sample)
     tokens = config.steps * config.batch * config.context
     report = sparsity_report(sparse) if sparse else {}
     extra = {"heldout_loss": loss, "tokens": tokens, "seconds": round(seconds, 1), "sparsity": report}
     extra["corpus"] = dict(data.record)
-    save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra))
+    save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra), sample)
+    write_manifest(folder, provenance)
     return Pretrained(folder=folder / "model", heldout_loss=loss, tokens=tokens, seconds=seconds)
 
 
 def save_model(
-    model: SparseTransformer | DenseModel, tokenizer: PreTrainedTokenizerFast, folder: Path, provenance: Provenance
+    model: SparseTransformer | DenseModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    provenance: Provenance,
+    sample: Int[Tensor, "n T1"],
 ) -> None:
-    """Writes a model folder: Hugging Face format and tokenizer; weights with many zeros are stored sparsely."""
+    """Writes a model folder: Hugging Face format, tokenizer, and a sample of held-out windows.
+
+    Weights with many zeros are stored without them (`SparseTransformer.save_compact`).
+    """
     with fresh_folder(folder, provenance, replace=True) as place:
         if isinstance(model, DenseModel):
             model.hf.save_pretrained(place)
@@ -144,6 +150,7 @@ def save_model(
         else:
             model.save_pretrained(place)
         tokenizer.save_pretrained(place)
+        save_sample(place, sample, vocab_size=model.vocab_size)
 
 
 def _mostly_zero(state: Mapping[str, Tensor]) -> bool:

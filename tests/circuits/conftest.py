@@ -1,8 +1,9 @@
 """A hand-built model whose smallest circuit is known, among distractors.
 
-Words: A and B open, x and y fill, e ends a prompt, C and D close; A ... e is answered by C, B ... e by D. The word e asks
-(channel 1), the openers are found (channel 2), and what they are is copied (channel 0) to channel 3, which C and D read
-with opposite signs. The fillers carry channel 0 too, at random: attention that does not find the opener copies noise.
+Words: A and B open, x and y fill, e ends a prompt, C and D close; A ... e is answered by C, B ... e by D. The word e
+asks (channel 1), the openers are found (channel 2), and what they are is copied (channel 0) to channel 3, which C and D
+read with opposite signs. The fillers carry channel 0 too, at random: attention that does not find the opener copies
+noise.
 """
 
 from collections.abc import Callable

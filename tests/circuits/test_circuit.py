@@ -52,7 +52,9 @@ def test_edges_are_the_weights_between_kept_nodes(circuit, planted):
     assert circuit.edges(planted)["0.attn.v", "0.attn.resid_delta"].shape == (16, 8)
 
 
-def test_the_planted_circuit_does_the_task_and_each_node_is_needed(circuit, planted, make_prompts, planted_names, choose):
+def test_the_planted_circuit_does_the_task_and_each_node_is_needed(
+    circuit, planted, make_prompts, planted_names, choose
+):
     batch = make_prompts(32, 5)
 
     def loss(names):

@@ -87,7 +87,9 @@ def test_a_protected_first_position_is_never_ablated():
 
 def test_the_gradient_of_a_mask_is_activation_minus_mean():
     mask = torch.tensor([1.0, 0.0], requires_grad=True)
-    MaskTap({"0.attn.v": mask}, means_of([0.5, -2.0]), competition=True)("0.attn.v", torch.ones(1, 3, 2)).sum().backward()
+    MaskTap({"0.attn.v": mask}, means_of([0.5, -2.0]), competition=True)(
+        "0.attn.v", torch.ones(1, 3, 2)
+    ).sum().backward()
     assert mask.grad is not None
     assert mask.grad.tolist() == [3 * 0.5, 3 * 3.0]
 

@@ -13,11 +13,11 @@ from distill.circuits.prune import (
     LABEL_BETTER,
     Price,
     PruneConfig,
-    TargetError,
     prune,
     prune_batches,
     target_for,
 )
+from distill.circuits.selection import TargetError
 from distill.circuits.tasks import load_task
 
 QUICK = {"steps": 40, "pairs": 8}
@@ -48,7 +48,9 @@ def test_the_same_seed_gives_the_same_circuit(planted, planted_means, make_promp
 
 
 def test_clean_up_only_removes(planted, planted_means, make_prompts):
-    rough, clean = (run(planted, planted_means, make_prompts, seed=1, steps=3, screen=0, clean_up=runs) for runs in (0, 60))
+    rough, clean = (
+        run(planted, planted_means, make_prompts, seed=1, steps=3, screen=0, clean_up=runs) for runs in (0, 60)
+    )
     assert rough.provenance["nodes_before_clean_up"] == rough.n_nodes == clean.provenance["nodes_before_clean_up"]
     assert clean.n_nodes < rough.n_nodes
     assert not any(bool(mask.any()) for mask in clean.difference(rough).values())
@@ -168,7 +170,7 @@ def test_an_empty_task_is_refused(planted, planted_means, make_prompts):
 
 
 def test_from_a_task_file_and_a_tokenizer(tmp_path, planted, planted_means, make_prompts, planted_names):
-    words = "A B x y e C D".split()
+    words = ["A", "B", "x", "y", "e", "C", "D"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="x"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     lines = []

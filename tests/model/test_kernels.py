@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
 from distill.model import kernels
-from distill.model import topk as plain_topk
 from distill.model.kernels import build
+from distill.model.topk import top_mask
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -40,14 +41,12 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def same_topk(x: Tensor, k: int) -> None:
-    fast, plain = (x.clone().requires_grad_() for _ in range(2))
-    grad = draw(1, *x.shape)
-    a, b = kernels.abs_topk(fast, k), plain_topk.abs_topk(plain, k)
-    assert torch.equal(a, b)
-    a.backward(grad)
-    b.backward(grad)
-    assert fast.grad is not None and plain.grad is not None
-    assert torch.equal(fast.grad, plain.grad)
+    leaf = x.clone().requires_grad_()
+    grad, mask = draw(1, *x.shape), top_mask(x, k)
+    out = kernels.abs_topk(leaf, k)
+    assert torch.equal(out, x * mask)
+    out.backward(grad)
+    assert leaf.grad is not None and torch.equal(leaf.grad, grad * mask)
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,6 +106,146 @@ def test_topk_of_a_broadcast_gradient() -> None:
 def test_topk_refuses_no_channel() -> None:
     with pytest.raises(ValueError, match="k: 0 channels"):
         kernels.abs_topk(draw(0, 2, 8), 0)
+
+
+# --- sparse linear ---------------------------------------------------------------------------------------------------
+
+
+def sparse(seed: int, *shape: int, density: float) -> Tensor:
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < density
+    return draw(seed, *shape) * chosen
+
+
+def close(found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None and found.shape == expected.shape
+    found, expected = found.detach(), expected.detach()
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+def linear_as_float64(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> None:
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
+    bias = None if bias is None else bias.detach().requires_grad_()
+    out = kernels.sparse_linear(x, weight, bias)
+    out.backward(grad)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.linear(*exact)  # pyright: ignore[reportArgumentType]
+    expected.backward(grad.double())
+    close(out, expected)
+    for found, wanted in zip((x, weight, bias), exact, strict=True):
+        if found is not None:
+            assert wanted is not None and wanted.grad is not None
+            close(found.grad, wanted.grad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SEEDS,
+    st.integers(1, 200),
+    st.integers(1, 150),
+    st.integers(1, 290),
+    st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+    st.booleans(),
+)
+def test_sparse_linear_is_the_product(
+    seed: int, n: int, o: int, i: int, density: float, filled: float, with_bias: bool
+) -> None:
+    bias = draw(seed + 3, o) if with_bias else None
+    linear_as_float64(
+        draw(seed, n, i), sparse(seed + 1, o, i, density=density), bias, sparse(seed + 2, n, o, density=filled)
+    )
+
+
+def test_sparse_linear_threads_and_views(threads: int) -> None:
+    weight, bias = sparse(0, 300, 70, density=0.1), draw(2, 300)
+    x, grad = draw(3, 5, 71, 70), sparse(4, 5, 71, 300, density=0.25)
+    linear_as_float64(x, weight, bias, grad)
+    linear_as_float64(x.transpose(0, 1), weight, bias[::1], grad.transpose(0, 1))
+    linear_as_float64(x[:, ::3], weight, bias, grad[:, ::3])
+    linear_as_float64(draw(5, 70, 400).T, weight, None, draw(6, 1, 300).expand(400, 300))
+    linear_as_float64(draw(7, 333, 300), weight.T, None, sparse(8, 333, 70, density=0.25))
+
+
+def test_sparse_linear_gives_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PARALLEL_FROM", 0)
+    weight, x, grad = sparse(0, 90, 260, density=0.1), draw(1, 333, 260), sparse(2, 333, 90, density=0.25)
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        out = kernels.sparse_linear(*inputs)
+        out.backward(grad)
+        results.append([out.detach(), *(t.grad for t in inputs)])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_sparse_linear_skips_what_needs_no_gradient() -> None:
+    weight, x, grad = sparse(0, 40, 50, density=0.1), draw(1, 30, 50), draw(2, 30, 40)
+    x.requires_grad_()
+    bias = draw(3, 40).requires_grad_()
+    kernels.sparse_linear(x, weight, bias).backward(grad)
+    close(x.grad, grad.double() @ weight.double())
+    close(bias.grad, grad.double().sum(0))
+    assert weight.grad is None
+    assert not kernels.sparse_linear(x.detach(), weight, None).requires_grad
+    assert kernels.sparse_linear(x[:0], weight, None).shape == (0, 40)
+
+
+def test_pattern_follows_changes_in_place() -> None:
+    weight = torch.tensor([[0.0, 2.0, 0.0], [-0.0, 0.0, 3.0]])
+    x = torch.ones(1, 3)
+    pattern = kernels.Pattern.of(weight)
+    assert pattern.density == pytest.approx(2 / 6) and kernels.Pattern.of(weight) is pattern
+    assert pattern.row_start.tolist() == [0, 1, 2] and pattern.column_start.tolist() == [0, 0, 1, 2]
+    assert kernels.sparse_linear(x, weight).tolist() == [[2.0, 3.0]]
+    weight[0, 0] = 5.0
+    assert kernels.sparse_linear(x, weight).tolist() == [[7.0, 3.0]]
+    # Memory used again by another tensor, which counts its changes from zero, is no reason to take the old pattern.
+    for value in (1.0, 4.0, 9.0):
+        assert kernels.sparse_linear(x, torch.full((2, 3), value)).tolist() == [[3 * value, 3 * value]]
+
+
+def test_backward_uses_the_weight_of_the_forward() -> None:
+    weight = torch.eye(3).requires_grad_()
+    x = torch.ones(2, 3, requires_grad=True)
+    out = kernels.sparse_linear(x, weight)
+    with torch.no_grad():
+        weight.mul_(7)
+    out.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [[1.0] * 3] * 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 200), st.sampled_from([0.0, 0.25, 1.0]))
+def test_weight_gradient_is_the_product(seed: int, n: int, filled: float) -> None:
+    grad, x = sparse(seed, n, 37, density=filled), draw(seed + 2, n, 75)
+    weight, bias = kernels.weight_gradient(grad, x)
+    close(weight, grad.double().T @ x.double())
+    close(bias, grad.double().sum(0))
+
+
+def test_a_nan_goes_through_the_product() -> None:
+    weight, x, grad = torch.eye(4), draw(0, 3, 4), draw(1, 3, 4)
+    x[1, 2] = grad[0, 3] = math.nan
+    weight.requires_grad_()
+    out = kernels.sparse_linear(x, weight)
+    out.backward(grad)
+    assert out.isnan().nonzero().tolist() == [[1, 2]]
+    assert weight.grad is not None and weight.grad[3].isnan().all()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = draw(0, 3, 8).requires_grad_()
+    for out in (kernels.abs_topk(x, 2), kernels.sparse_linear(x, torch.eye(8))):
+        with pytest.raises(AssertionError, match="differentiable once"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_worth_it() -> None:
+    assert kernels.worth_it(256, 256, 0.1) and not kernels.worth_it(256, 256, 0.4)
+    assert not kernels.worth_it(4, 1024, 0.01)
 
 
 # --- the build -------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@
 """
 
 from distill.model.kernels.build import library
-from distill.model.kernels.linear import Pattern, sparse_linear
+from distill.model.kernels.linear import Pattern, sparse_linear, weight_gradient, worth_it
 from distill.model.kernels.topk import abs_topk
 
-__all__ = ["Pattern", "abs_topk", "available", "sparse_linear"]
+__all__ = ["Pattern", "abs_topk", "available", "sparse_linear", "weight_gradient", "worth_it"]
 
 
 def available() -> bool:

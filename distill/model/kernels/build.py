@@ -25,7 +25,7 @@ from torch import Tensor
 
 CACHE_VARIABLE = "DISTILL_KERNEL_CACHE"
 """Environment variable: the folder where compiled kernels are kept, instead of the user's cache folder."""
-PARALLEL_FROM = 1 << 15
+PARALLEL_FROM = 1 << 17
 """Entries from which on a call is spread over threads: less is done before a second thread wakes up."""
 
 _log = logging.getLogger(__name__)

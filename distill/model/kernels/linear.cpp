@@ -6,7 +6,8 @@
 
 static const int BLOCK = 64;               // tokens per word of a mask
 static const int PANEL = 8 * LANES;        // columns of the weight gradient that stay in registers
-static const int64_t GROUP = 128;          // its rows that stay in the cache
+static const int64_t GROUP = 256;          // its rows that stay in the cache, at most
+static const int64_t LEAST_GROUP = 32;     // and at least
 static const int64_t CACHE = 1 << 19;      // bytes of transposed activations that a core's own cache holds
 
 struct Entry {
@@ -85,11 +86,26 @@ static void forward(
     }
 }
 
+// Copies those of BLOCK values whose bits are set, closed up; `to` may be `values` or before. Returns the place after them.
+static inline float* squeeze(const float* values, uint64_t bits, float* to) {
+#if LANES == 16
+    for (int i = 0; i < BLOCK; i += LANES) {
+        __mmask16 part = (__mmask16)(bits >> i);
+        // Whole vectors: what is written too much lies where everything has been read.
+        _mm512_storeu_ps(to, _mm512_maskz_compress_ps(part, _mm512_loadu_ps(values + i)));
+        to += __builtin_popcount(part);
+    }
+#else
+    for (; bits; bits &= bits - 1) *to++ = values[__builtin_ctzll(bits)];
+#endif
+    return to;
+}
+
 // One tile (group of rows, panel of columns) of grad^T x: for each row of the weight the tokens whose gradient is not
 // zero, found by the bits of a mask.
 template <int VECTORS>
 static void weight_tile(
-    const float* grad, const uint64_t* mask, int64_t rows, int64_t first, int64_t count, const float* x, int64_t columns,
+    const float* grad, const int32_t* place, const uint64_t* mask, int64_t rows, int64_t first, int64_t count, const float* x, int64_t columns,
     int64_t column, int64_t tokens, float* panel, float* total, float* out) {
     constexpr int WIDTH = VECTORS * LANES;
     memset(total, 0, (size_t)(count * WIDTH) * 4);
@@ -99,7 +115,7 @@ static void weight_tile(
             for (int v = 0; v < VECTORS; v++)
                 store(panel + i * WIDTH + v * LANES, load(x + (t + i) * columns + column + v * LANES));
         const uint64_t* words = mask + t / BLOCK * rows + first;
-        const float* block = grad + (t / BLOCK * rows + first) * BLOCK;
+        const float* next = grad + t * rows + place[t / BLOCK * rows + first];
         for (int64_t r = 0; r < count; r++) {
             uint64_t rest = words[r];
             if (!rest) continue;
@@ -109,7 +125,7 @@ static void weight_tile(
             do {
                 int64_t token = __builtin_ctzll(rest);
                 rest &= rest - 1;
-                float value = block[r * BLOCK + token];
+                float value = *next++;
 #pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; v++) sums[v] += value * load(panel + token * WIDTH + v * LANES);
             } while (rest);
@@ -122,17 +138,18 @@ static void weight_tile(
 
 // The columns that fill no vector.
 static void weight_rest(
-    const float* grad, const uint64_t* mask, int64_t rows, int64_t first, int64_t count, const float* x, int64_t columns,
+    const float* grad, const int32_t* place, const uint64_t* mask, int64_t rows, int64_t first, int64_t count, const float* x, int64_t columns,
     int64_t column, int64_t tokens, float* out) {
     for (int64_t r = first; r < first + count; r++)
         for (int64_t c = column; c < columns; c++) out[r * columns + c] = 0.0f;
     for (int64_t b = 0; b * BLOCK < tokens; b++)
-        for (int64_t r = first; r < first + count; r++)
-            for (uint64_t rest = mask[b * rows + r]; rest; rest &= rest - 1) {
-                int64_t token = __builtin_ctzll(rest);
-                float value = grad[(b * rows + r) * BLOCK + token];
-                for (int64_t c = column; c < columns; c++) out[r * columns + c] += value * x[(b * BLOCK + token) * columns + c];
+        for (int64_t r = first; r < first + count; r++) {
+            const float* next = grad + b * rows * BLOCK + place[b * rows + r];
+            for (uint64_t rest = mask[b * rows + r]; rest; rest &= rest - 1, next++) {
+                const float* from = x + (b * BLOCK + __builtin_ctzll(rest)) * columns;
+                for (int64_t c = column; c < columns; c++) out[r * columns + c] += *next * from[c];
             }
+        }
 }
 
 extern "C" {
@@ -211,17 +228,20 @@ void linear_forward(
         forward<1>(start, entries, rows, columns, x, bias, tokens, out, threads);
 }
 
-// What the gradients need of grad (tokens, rows): `blocks` (blocks, rows, BLOCK) transposed, `mask` the bits of its
-// non-zeros, `sums` (blocks, rows) per block, `filled` (blocks) how many non-zeros. Where `entries` are given (by
-// columns): grad_x (tokens, columns) = grad W.
+// What the gradients need of grad (tokens, rows), per block of tokens: for each row the bits of its non-zeros in `mask`
+// (blocks, rows), and their sum in `sums` (blocks, rows); the non-zeros row after row in `blocks` (blocks, rows * BLOCK),
+// from `place` (blocks, rows) on; their number in `filled` (blocks). Where `entries` are given (by columns):
+// grad_x (tokens, columns) = grad W.
 void linear_backward(
     const int32_t* start, const Entry* entries, int64_t rows, int64_t columns, const float* grad, int64_t tokens,
-    float* blocks, uint64_t* mask, float* sums, int64_t* filled, float* grad_x, int64_t threads) {
+    float* blocks, int32_t* place, uint64_t* mask, float* sums, int64_t* filled, float* grad_x, int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads) if (threads > 1)
     for (int64_t t = 0; t < tokens; t += BLOCK) {
-        int64_t here = tokens - t < BLOCK ? tokens - t : BLOCK, b = t / BLOCK, count = 0;
-        float* block = blocks + b * rows * BLOCK;
+        int64_t here = tokens - t < BLOCK ? tokens - t : BLOCK, b = t / BLOCK;
+        float* block = blocks + t * rows;
         gather(grad + t * rows, rows, rows, here, BLOCK, block);
+        if (grad_x) multiply<BLOCK / LANES>(start, entries, columns, block, nullptr, here, grad_x + t * columns);
+        float* next = block;
         for (int64_t r = 0; r < rows; r++) {
             uint64_t word = 0;
             Floats total{};
@@ -232,35 +252,38 @@ void linear_backward(
             }
             mask[b * rows + r] = word;
             sums[b * rows + r] = sum(total);
-            count += __builtin_popcountll(word);
+            place[b * rows + r] = (int32_t)(next - block);
+            next = squeeze(block + r * BLOCK, word, next);
         }
-        filled[b] = count;
-        if (grad_x) multiply<BLOCK / LANES>(start, entries, columns, block, nullptr, here, grad_x + t * columns);
+        filled[b] = next - block;
     }
 }
 
 // out (rows, columns) = grad^T x, from the blocks and masks above.
 void linear_weight(
-    const float* blocks, const uint64_t* mask, int64_t rows, int64_t columns, const float* x, int64_t tokens, float* out,
-    int64_t threads) {
-    int64_t panels = (columns + PANEL - 1) / PANEL, groups = (rows + GROUP - 1) / GROUP;
+    const float* blocks, const int32_t* place, const uint64_t* mask, int64_t rows, int64_t columns, const float* x,
+    int64_t tokens, float* out, int64_t threads) {
+    int64_t panels = (columns + PANEL - 1) / PANEL, height = GROUP;
+    // Two jobs or more for each thread.
+    while (height > LEAST_GROUP && panels * ((rows + height - 1) / height) < 2 * threads) height /= 2;
+    int64_t groups = (rows + height - 1) / height;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         static thread_local Scratch scratch;
-        float* panel = scratch.of<float>((BLOCK + GROUP) * PANEL);
+        float* panel = scratch.of<float>((BLOCK + height) * PANEL);
         float* total = panel + BLOCK * PANEL;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t job = 0; job < panels * groups; job++) {
-            int64_t first = job % groups * GROUP, count = rows - first < GROUP ? rows - first : GROUP;
+            int64_t first = job % groups * height, count = rows - first < height ? rows - first : height;
             int64_t column = job / groups * PANEL, left = columns - column < PANEL ? columns - column : PANEL;
             while (left >= LANES) {
                 int64_t step = left >= 8 * LANES ? 8 : left >= 4 * LANES ? 4 : left >= 2 * LANES ? 2 : 1;
                 auto tile = step == 8 ? weight_tile<8> : step == 4 ? weight_tile<4> : step == 2 ? weight_tile<2> : weight_tile<1>;
-                tile(blocks, mask, rows, first, count, x, columns, column, tokens, panel, total, out);
+                tile(blocks, place, mask, rows, first, count, x, columns, column, tokens, panel, total, out);
                 column += step * LANES;
                 left -= step * LANES;
             }
-            if (left > 0) weight_rest(blocks, mask, rows, first, count, x, columns, column, tokens, out);
+            if (left > 0) weight_rest(blocks, place, mask, rows, first, count, x, columns, column, tokens, out);
         }
     }
 }

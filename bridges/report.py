@@ -1,0 +1,170 @@
+"""A comparison for people: the printed table, the figure, and a page that opens from disk."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from bridges.compare import DENSE, SPARSE, Comparison
+from distill.artifact import Provenance, fresh_folder, write_json
+from distill.circuits.subject import Subject
+
+COLUMNS = ("task", "model", "full", "empty", "circuit", "calibr.", "target", "nodes", "edges", "without", "random")
+EDGES_SHOWN = 200
+
+
+def write_report(
+    comparison: Comparison, subjects: Sequence[Subject], folder: Path, provenance: Provenance, title: str
+) -> None:
+    """Writes comparison.json, comparison.png, index.html and the circuits into `folder`, over an earlier report."""
+    with fresh_folder(folder, provenance, replace=True) as place:
+        write_json(place / "comparison.json", comparison.record)
+        comparison.save(place)
+        plot(comparison.record, place / "comparison.png")
+        page = page_of(comparison, subjects, (place / "comparison.png").read_bytes(), title)
+        (place / "index.html").write_text(page, encoding="utf-8")
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The comparison as text: held-out losses, a row per task and model, the ratios."""
+    losses = ", ".join(f"{name} {model['heldout_loss']:.3f}" for name, model in record["models"].items())
+    lines = [f"held-out loss, nats per token: {losses}", "", _line(COLUMNS)]
+    for task, row in record["tasks"].items():
+        for name in record["models"]:
+            lines.append(_line(_cells(task, name, row)))
+            if row[name]["reason"]:
+                lines.append(f"{'':24}{row[name]['reason']}")
+    return "\n".join([*lines, "", *summary(record)])
+
+
+def summary(record: Mapping[str, Any]) -> list[str]:
+    """What the comparison comes to, in sentences."""
+    counted = record["tasks_counted"]
+    lines = [f"objective: {record['objective']} (task loss, everything else at its mean); losses in nats, chance 0.693"]
+    if not counted:
+        return [*lines, "no task counts for the ratio: none is met by both circuits and needs a circuit in both models"]
+    return [
+        *lines,
+        f"edges dense / sparse: {record['edge_ratio_geomean']:.2f} (geometric mean over {len(counted)} tasks: "
+        f"{', '.join(counted)}); nodes {record['node_ratio_geomean']:.2f}, "
+        f"blindly drawn nodes {record['null_ratio_geomean']:.2f}",
+    ]
+
+
+def _cells(task: str, name: str, row: Mapping[str, Any]) -> list[str]:
+    one = row[name]
+    numbers = [one[key] for key in ("loss_full", "loss_empty", "loss_circuit", "loss_calibrated")]
+    numbers.append(one.get("target", row["target"]))
+    sizes = [one["nodes"], one["edges_induced"]]
+    damage = [one["loss_without_circuit"], one["loss_without_random_median"]]
+    return [task, name, *map(_number, numbers), *map(_number, sizes), *map(_number, damage)]
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"{cells[0]:<22}{cells[1]:<12}" + "".join(f"{cell:>9}" for cell in cells[2:])
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Edges and nodes per task and model as bars, and what taking the circuit out does."""
+    tasks, models = list(record["tasks"]), list(record["models"])
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for axis, key, title in zip(
+        axes,
+        ("edges_induced", "nodes", "loss_without_circuit"),
+        ("edges of the circuit", "nodes of the circuit", "task loss without the circuit (nats)"),
+        strict=True,
+    ):
+        places = np.arange(len(tasks))
+        for offset, name in enumerate(models):
+            values = [record["tasks"][task][name][key] for task in tasks]
+            heights = [np.nan if value is None else value for value in values]
+            width = 0.8 / len(models)
+            axis.bar(places + (offset - (len(models) - 1) / 2) * width, heights, width, label=name)
+            if key == "loss_without_circuit":
+                randoms = [record["tasks"][task][name]["loss_without_random_median"] for task in tasks]
+                heights = [np.nan if value is None else value for value in randoms]
+                axis.plot(places + (offset - (len(models) - 1) / 2) * width, heights, "k_", markersize=8)
+        axis.set_xticks(places, tasks, rotation=25, ha="right")
+        axis.set_title(title)
+        if key != "loss_without_circuit":
+            axis.set_yscale("log")
+    axes[2].axhline(np.log(2), color="grey", linewidth=0.8, linestyle=":")
+    axes[2].set_xlabel("black mark: random nodes taken out instead; dotted: chance")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def page_of(comparison: Comparison, subjects: Sequence[Subject], figure: bytes, title: str) -> str:
+    """One HTML page with everything inside: table, figure, circuits, provenance. Nothing in it runs."""
+    record = comparison.record
+    by_name = {subject.name: subject for subject in subjects}
+    circuits = []
+    for (task, name), circuit in comparison.circuits.items():
+        edges = circuit.to_json(by_name[name].model)["edges"]
+        edges = sorted(edges, key=lambda edge: -abs(edge[2]))
+        rows = "".join(f"<tr><td>{_e(a)}</td><td>{_e(b)}</td><td>{w:+.4f}</td></tr>" for a, b, w in edges[:EDGES_SHOWN])
+        more = f"<p>the {EDGES_SHOWN} largest of {len(edges)} edges</p>" if len(edges) > EDGES_SHOWN else ""
+        circuits.append(
+            f"<details><summary>{_e(task)} in {_e(name)}: {circuit.n_nodes} nodes, {len(edges)} edges</summary>"
+            f"<p class=nodes>{_e(' '.join(circuit.node_names))}</p>{more}"
+            f"<table><tr><th>from</th><th>to</th><th>weight</th></tr>{rows}</table></details>"
+        )
+    picture = base64.b64encode(figure).decode()
+    kept = {key: record[key] for key in ("config", "versions", "seed", "objective")}
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><h1>{_e(title)}</h1>"
+        f"{''.join(f'<p>{_e(line)}</p>' for line in summary(record))}{_html_table(record)}"
+        f'<img alt="edges, nodes and necessity per task and model" src="data:image/png;base64,{picture}">'
+        f"<h2>Circuits</h2>{''.join(circuits)}<h2>How this was made</h2>"
+        f"<pre>{_e(json.dumps(kept, indent=1, default=str))}</pre></body></html>"
+    )
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left }
+tr.pair td { background: #f4f8ff } .reason { color: #a04000; text-align: left }
+img { max-width: 100% } details { margin: .4rem 0 } summary { cursor: pointer }
+.nodes, pre { font: 12px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap }
+"""
+
+
+def _html_table(record: Mapping[str, Any]) -> str:
+    head = "".join(f"<th>{_e(name)}</th>" for name in COLUMNS)
+    rows = []
+    for task, row in record["tasks"].items():
+        for name in record["models"]:
+            kind = " class=pair" if name in (SPARSE, DENSE) else ""
+            rows.append(f"<tr{kind}>" + "".join(f"<td>{_e(cell)}</td>" for cell in _cells(task, name, row)) + "</tr>")
+            if row[name]["reason"]:
+                rows.append(f"<tr><td colspan={len(COLUMNS)} class=reason>{_e(row[name]['reason'])}</td></tr>")
+    losses = "".join(
+        f"<tr><td>{_e(name)}</td><td>{model['heldout_loss']:.3f}</td><td>{model['weights']:,}</td>"
+        f"<td>{model['density']:.2%}</td><td>{model['nodes']:,}</td></tr>"
+        for name, model in record["models"].items()
+    )
+    models = "<tr><th>model</th><th>held-out loss</th><th>weights</th><th>density</th><th>nodes</th></tr>" + losses
+    return f"<table>{models}</table><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text), quote=True)

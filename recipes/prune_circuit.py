@@ -1,0 +1,56 @@
+"""Prune a model to the circuit of a task.
+
+    python recipes/prune_circuit.py --model sparse --task single_double_quote
+    python recipes/prune_circuit.py --model runs/sparse --task bracket_counting my_task.jsonl --target 0.1
+
+The model is a folder, a shipped model's short name (sparse, dense, dense_gpt2, student) or a hub name. Each task gives
+a file {task}.{model}.circuit.safetensors and {task}.{model}.json with nodes, edges and losses. A task is a built-in one
+or a JSONL file of pairs. Expect some 10 seconds a circuit on two cores for the shipped models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from bridges import CompareConfig, compare, table, write_report
+from distill import command
+from distill.artifact import Provenance, default_out
+from distill.circuits import PruneConfig, load_subject, load_task
+from distill.data import prepare, spread_windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of prune_circuit."""
+
+    model: str = "sparse"
+    """Model folder, short name of a shipped model, or hub name."""
+    task: tuple[str, ...] = ("single_double_quote",)
+    """Tasks by name, or JSONL files."""
+    target: float = 0.15
+    """Task loss to meet, in nats; where the full model is above it, the relative target of the source's."""
+    corpus: tuple[str, ...] = ()
+    """Text to measure ablation values on, for models that bring none (see train_sparse)."""
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    """How the circuit is searched for; --target and --seed go before its own."""
+    out: Path = default_out("circuits")
+    """Folder for the circuits; an earlier result there is replaced."""
+    seed: int = 0
+    """Seed of masks and prompts."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def prune_circuit(options: Options) -> None:
+    """Load, prune, judge, save, print."""
+    tasks = [load_task(name) for name in options.task]
+    subject = load_subject(options.model, sample=command.sample_for(options.model, options.corpus, options.out))
+    subject.model.to(command.pick_device(options.device))
+    config = CompareConfig(prune=replace(options.prune, target=options.target, seed=options.seed))
+    comparison = compare([subject], tasks, config)
+    provenance = Provenance(
+        kind="report", command="recipes/prune_circuit.py", config=asdict(config), seed=options.seed, data=None
+    )
+    write_report(comparison, [subject], options.out, provenance, f"Circuits of {subject.name}")
+    print(table(comparison.record))
+    print(f"circuits and page in {options.out}")

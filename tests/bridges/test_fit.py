@@ -1,0 +1,213 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bridges import (
+    PRESETS,
+    BridgeConfig,
+    BridgeMismatchError,
+    Bridges,
+    DenseRecord,
+    Fit,
+    StudentConfig,
+    bridge_metrics,
+    fit_bridges,
+    load_bridged,
+    save_bridged,
+)
+from bridges.fit import has_sink
+from distill.artifact import ArtifactError, read_manifest
+from distill.data.tokens import TokenData, windows
+from distill.model import DenseModel, SparseTransformer
+from distill.training.trainer import TrainConfig
+
+TRAINING = TrainConfig(steps=30, batch=8, context=12, learning_rate=0.03, kept=0.5, log_every=5, eval_every=0, eps=0.1)
+
+
+@pytest.fixture
+def data() -> TokenData:
+    """Text with something to learn: each token is mostly followed by its triple."""
+    random = np.random.default_rng(0)
+    ids = [1]
+    for noise in random.integers(0, 29, 4000):
+        ids.append(int(noise) if noise < 6 else ids[-1] * 3 % 29)
+    return TokenData.from_arrays(ids[:3500], ids[3500:], vocab_size=29)
+
+
+@pytest.fixture
+def student(dense: DenseModel) -> SparseTransformer:
+    return SparseTransformer.build(StudentConfig(d_model=32, d_head=8).architecture(dense), seed=1)
+
+
+def fit(dense: DenseModel, student: SparseTransformer, data: TokenData, folder: Path, **options: Any) -> Fit:
+    settings = {"config": BridgeConfig(), "training": TRAINING, "judged": 8, **options}
+    config, training = settings.pop("config"), settings.pop("training")
+    return fit_bridges(dense, student, data, config, training, folder, dense_name="tiny", **settings)
+
+
+def test_a_short_fit_lowers_every_term_and_leaves_a_folder(
+    dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
+) -> None:
+    before = dense.fingerprint()
+    made = fit(dense, student, data, tmp_path / "fit")
+    first, last = made.history[0], made.history[-1]
+    assert last["step"] == 30 and last["loss"] < 0.8 * first["loss"]
+    for term in ("ce", "nmse_d2s", "nmse_s2d", "kl_d2s.0.resid_in"):
+        assert term in first or term.startswith("kl")
+    assert last["nmse_d2s"] < first["nmse_d2s"] and last["nmse_s2d"] < first["nmse_s2d"]
+    assert last["kept"] == 0.5 and "heldout_kl_d2s" in last
+    assert dense.fingerprint() == before
+    share = student.layers[0].mlp_in.weight.count_nonzero().item() / student.layers[0].mlp_in.weight.numel()
+    assert share == pytest.approx(0.5, abs=0.01)
+    assert made.bridges.encoder("0.resid_in").weight.count_nonzero() == 32 * 16  # bridges stay dense
+    names = {path.name for path in (tmp_path / "fit").iterdir()}
+    assert names >= {"model", "bridges", "dense.json", "bridges.json", "bridges.png", "settings.json", "metrics.jsonl"}
+    assert read_manifest(tmp_path / "fit", "bridge")["provenance"]["config"]["bridge"]["k_fraction"] == 0.25
+
+
+def test_what_was_fitted_is_loaded_by_its_path(
+    dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
+) -> None:
+    made = fit(dense, student, data, tmp_path / "fit")
+    loaded, bridges, info = load_bridged(tmp_path / "fit", dense)
+    heldout = windows(data.heldout, 12, 8)
+    again = bridge_metrics(dense, loaded, bridges, heldout)
+    assert again["sites"]["1.resid_in"]["kl_s2d"] == pytest.approx(made.metrics["sites"]["1.resid_in"]["kl_s2d"])
+    assert info.metrics == made.metrics == json.loads((tmp_path / "fit" / "bridges.json").read_text())
+    assert info.dense == DenseRecord.of(dense, "tiny")
+    assert info.metrics["bigram_ce"] > 0 and len(info.metrics["mixtures"]) == 4
+
+
+def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(dense: DenseModel, data: TokenData, tmp_path: Path) -> None:
+    def new() -> SparseTransformer:
+        return SparseTransformer.build(StudentConfig(d_model=32, d_head=8).architecture(dense), seed=1)
+
+    training = replace(TRAINING, steps=12, save_every=6)
+    whole = fit(dense, new(), data, tmp_path / "whole", training=training)
+
+    class StoppedError(RuntimeError):
+        pass
+
+    class Stopping(DenseModel):
+        calls = 0
+
+        def run(self, *args: Any, **options: Any) -> Any:
+            if "start" not in options:
+                Stopping.calls += 1
+            if Stopping.calls > 9:
+                raise StoppedError
+            return super().run(*args, **options)
+
+    with pytest.raises(StoppedError):
+        fit(Stopping(dense.hf), new(), data, tmp_path / "parts", training=training)
+    resumed = fit(dense, new(), data, tmp_path / "parts", training=training, resume=True)
+    assert resumed.metrics == whole.metrics
+    assert all(
+        torch.equal(value, whole.bridges.state_dict()[name]) for name, value in resumed.bridges.state_dict().items()
+    )
+    with pytest.raises(ValueError, match="bridge.kl: got 0.5, to resume .* allowed is 1.0"):
+        fit(dense, new(), data, tmp_path / "parts", config=BridgeConfig(kl=0.5), training=training, resume=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(dense, new(), data, tmp_path / "parts", training=training)
+
+
+def test_another_dense_model_is_refused_by_both_names(
+    dense: DenseModel, student: SparseTransformer, bridges: Bridges, tmp_path: Path
+) -> None:
+    other = SparseTransformer.build(student.architecture, seed=9)
+    record = DenseRecord.of(dense, "tiny")
+    wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
+    save_bridged(tmp_path / "made", student, wide, record, {})
+    load_bridged(tmp_path / "made", dense)
+    with pytest.raises(BridgeMismatchError, match="fitted to 'tiny' with fingerprint .* but 'elsewhere' has"):
+        load_bridged(tmp_path / "made", other, dense_name="elsewhere")
+    with torch.no_grad():
+        dense.hf.transformer.ln_f.bias[0] += 1
+    with pytest.raises(BridgeMismatchError, match="'the model given'"):
+        load_bridged(tmp_path / "made", dense)
+
+
+def test_the_dense_model_is_found_by_its_name(
+    dense: DenseModel, student: SparseTransformer, bridges: Bridges, tmp_path: Path
+) -> None:
+    dense.hf.save_pretrained(tmp_path / "gpt2")
+    record = DenseRecord.of(dense, str(tmp_path / "gpt2"))
+    save_bridged(tmp_path / "made", student, Bridges(replace(bridges.shape, d_sparse=32, k=8)), record, {})
+    _, _, info = load_bridged(tmp_path / "made")
+    assert info.dense.load().fingerprint() == dense.fingerprint()
+    with torch.no_grad():
+        dense.hf.transformer.ln_f.bias[0] += 1
+    dense.hf.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(BridgeMismatchError, match="gpt2' has"):
+        info.dense.load()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_students_are_kept_plainly_or_without_their_zeros(
+    dense: DenseModel, student: SparseTransformer, bridges: Bridges, tmp_path: Path, compact: bool
+) -> None:
+    wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
+    save_bridged(tmp_path, student, wide, DenseRecord.of(dense, "tiny"), {}, compact=compact)
+    loaded, _, _ = load_bridged(tmp_path)
+    torch.testing.assert_close(loaded.layers[1].mlp_in.weight, student.layers[1].mlp_in.weight)
+
+
+def test_folders_that_are_not_whole_are_refused(
+    dense: DenseModel, student: SparseTransformer, bridges: Bridges, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="no such dense model record"):
+        load_bridged(tmp_path)
+    wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
+    save_bridged(tmp_path, student, wide, DenseRecord.of(dense, "tiny"), {})
+    SparseTransformer.build(student.architecture, seed=9).save_pretrained(tmp_path / "model")
+    with pytest.raises(ArtifactError, match="is not the student"):
+        load_bridged(tmp_path)
+    (tmp_path / "dense.json").write_text('{"name": "tiny"}')
+    with pytest.raises(ArtifactError, match="does not say which dense model"):
+        load_bridged(tmp_path)
+
+
+def test_least_squares_is_a_better_start(
+    dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
+) -> None:
+    training = replace(TRAINING, steps=1, log_every=1)
+    first = {}
+    for initial in ("random", "least_squares"):
+        config = BridgeConfig(initial=initial, ce=0.0, kl=0.0, k_fraction=1.0)
+        new = SparseTransformer.build(student.architecture, seed=1)
+        first[initial] = fit(dense, new, data, tmp_path / initial, config=config, training=training).history[0]["loss"]
+    assert first["least_squares"] < 0.8 * first["random"]
+
+
+def test_a_student_takes_what_its_dense_model_decides(dense: DenseModel, twin: SparseTransformer) -> None:
+    made = StudentConfig(d_model=64).architecture(dense)
+    assert (made.vocab_size, made.n_layer, made.context, made.position) == (29, 2, 12, "added")
+    assert made.bigram and StudentConfig(d_model=64).architecture(twin).position == "none"
+    assert not StudentConfig(d_model=64, bigram="off").architecture(dense).bigram
+    dense.vocab_size = 50257  # too large for a dense table of pairs
+    assert not StudentConfig(d_model=64).architecture(dense).bigram
+    with pytest.raises(ValueError, match="context: got 13, allowed are 1 to 12"):
+        StudentConfig(context=13).architecture(dense)
+
+
+def test_data_of_another_vocabulary_is_refused(dense: DenseModel, student: SparseTransformer, tmp_path: Path) -> None:
+    foreign = TokenData.from_arrays(range(40), range(40), vocab_size=40)
+    with pytest.raises(ValueError, match="data: has ids up to 39"):
+        fit(dense, student, foreign, tmp_path)
+
+
+def test_sinks_are_seen(dense: DenseModel) -> None:
+    tokens = torch.arange(12)[None]
+    assert not has_sink(dense, tokens)
+    with torch.no_grad():
+        dense.hf.transformer.wpe.weight[0] += 300
+    assert has_sink(dense, tokens)
+
+
+def test_the_papers_preset_has_the_papers_terms() -> None:
+    assert BridgeConfig(**PRESETS["paper"]).kl == 0 and BridgeConfig(**PRESETS["paper"]).ce == 1
