@@ -1,13 +1,16 @@
 """Two models at a time: students, bridges, and circuits compared across them."""
 
 from bridges.baselines import bigram_loss, least_squares_bridges, mean_bridges
+from bridges.compare import CompareConfig, Comparison, compare
 from bridges.fit import PRESETS, Fit, StudentConfig, fit_bridges
 from bridges.folder import BridgedInfo, BridgeMismatchError, DenseRecord, load_bridged, save_bridged
 from bridges.hybrid import dense_to_sparse, hybrid, random_passes, sparse_to_dense
+from bridges.lineup import Lineup, load_lineup
 from bridges.losses import kl, nmse, nmse_floor
 from bridges.maps import Bridges, BridgeShape
 from bridges.metrics import bridge_metrics, plot_metrics
 from bridges.objective import BridgeConfig, BridgeObjective, check_pair
+from bridges.report import table, write_report
 from bridges.subspace import (
     ResidualMeans,
     SubspaceTest,
@@ -16,6 +19,7 @@ from bridges.subspace import (
     residual_means,
     subspace_test,
 )
+from bridges.transport import add_subspaces
 
 __all__ = [
     "PRESETS",
@@ -25,15 +29,20 @@ __all__ = [
     "BridgeShape",
     "BridgedInfo",
     "Bridges",
+    "CompareConfig",
+    "Comparison",
     "DenseRecord",
     "Fit",
+    "Lineup",
     "ResidualMeans",
     "StudentConfig",
     "SubspaceTest",
+    "add_subspaces",
     "bigram_loss",
     "bridge_metrics",
     "bridged_subspace",
     "check_pair",
+    "compare",
     "dense_to_sparse",
     "fit_bridges",
     "hybrid",
@@ -41,6 +50,7 @@ __all__ = [
     "least_squares_bridges",
     "live_channels",
     "load_bridged",
+    "load_lineup",
     "mean_bridges",
     "nmse",
     "nmse_floor",
@@ -50,4 +60,6 @@ __all__ = [
     "save_bridged",
     "sparse_to_dense",
     "subspace_test",
+    "table",
+    "write_report",
 ]

@@ -20,7 +20,8 @@ from distill.circuits.answers import CHANCE, answer_difference, frozen, two_way_
 from distill.circuits.circuit import SUFFIX, Circuit
 from distill.circuits.faithfulness.necessity import necessity
 from distill.circuits.faithfulness.sufficiency import loss_empty, sufficiency
-from distill.circuits.prune import RELATIVE, PruneConfig, TargetError, prune
+from distill.circuits.selection import TargetError
+from distill.circuits.prune import RELATIVE, PruneConfig, prune
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.command import no_type_check

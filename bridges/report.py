@@ -42,7 +42,7 @@ def table(record: Mapping[str, Any]) -> str:
             lines.append(_line(_cells(task, name, row)))
             if row[name]["reason"]:
                 lines.append(f"{'':24}{row[name]['reason']}")
-    return "\n".join([*lines, "", *summary(record)])
+    return "\n".join([*lines, "", *summary(record), *bridge_lines(record)])
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
@@ -57,6 +57,23 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         f"{', '.join(counted)}); nodes {record['node_ratio_geomean']:.2f}, "
         f"blindly drawn nodes {record['null_ratio_geomean']:.2f}",
     ]
+
+
+def bridge_lines(record: Mapping[str, Any]) -> list[str]:
+    """The bridged subspace test in sentences, all sites together: one line per task and test."""
+    lines = []
+    for task, row in record["tasks"].items():
+        for test in row.get("bridge") or []:
+            if test["site"] != "all":
+                continue
+            kept = "kept alone" if test["test"] == "sufficiency" else "taken out"
+            control = f", random subspaces {np.median(test['controls']):.3f}" if test["controls"] else ""
+            lines.append(
+                f"{task}: the student's circuit in the dense model, its subspace {kept} "
+                f"({test['share']:.0%} of the width): loss {test['loss']:.3f}, model {test['loss_full']:.3f}"
+                f"{control}: {test['verdict']}"
+            )
+    return lines
 
 
 def _cells(task: str, name: str, row: Mapping[str, Any]) -> list[str]:
@@ -130,7 +147,7 @@ def page_of(comparison: Comparison, subjects: Sequence[Subject], figure: bytes, 
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><h1>{_e(title)}</h1>"
-        f"{''.join(f'<p>{_e(line)}</p>' for line in summary(record))}{_html_table(record)}"
+        f"{''.join(f'<p>{_e(line)}</p>' for line in (*summary(record), *bridge_lines(record)))}{_html_table(record)}"
         f'<img alt="edges, nodes and necessity per task and model" src="data:image/png;base64,{picture}">'
         f"<h2>Circuits</h2>{''.join(circuits)}<h2>How this was made</h2>"
         f"<pre>{_e(json.dumps(kept, indent=1, default=str))}</pre></body></html>"

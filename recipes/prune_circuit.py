@@ -16,7 +16,6 @@ from bridges import CompareConfig, compare, table, write_report
 from distill import command
 from distill.artifact import Provenance, default_out
 from distill.circuits import PruneConfig, load_subject, load_task
-from distill.data import prepare, spread_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,7 @@ class Options:
 def prune_circuit(options: Options) -> None:
     """Load, prune, judge, save, print."""
     tasks = [load_task(name) for name in options.task]
-    subject = load_subject(options.model, sample=command.sample_for(options.model, options.corpus, options.out))
-    subject.model.to(command.pick_device(options.device))
+    subject = load_subject(options.model, corpus=options.corpus, device=options.device)
     config = CompareConfig(prune=replace(options.prune, target=options.target, seed=options.seed))
     comparison = compare([subject], tasks, config)
     provenance = Provenance(
@@ -54,3 +52,12 @@ def prune_circuit(options: Options) -> None:
     write_report(comparison, [subject], options.out, provenance, f"Circuits of {subject.name}")
     print(table(comparison.record))
     print(f"circuits and page in {options.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe on a command line; returns the exit status."""
+    return command.run(prune_circuit, Options, argv, description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

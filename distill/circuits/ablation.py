@@ -147,6 +147,11 @@ def as_tokens(windows: Int[Tensor, "n T"] | np.ndarray) -> Int[Tensor, "n T"]:
     return tokens.long()
 
 
+def windows_fingerprint(windows: Int[Tensor, "n T"] | np.ndarray) -> str:
+    """sha256 (hex) of windows of tokens, as `Means.data` holds it."""
+    return fingerprint({"windows": as_tokens(windows)})
+
+
 def node_means(
     model: Runnable, windows: Int[Tensor, "n T"] | np.ndarray, *, per_position: bool | None = None, batch: int = 16
 ) -> Means:
@@ -179,7 +184,7 @@ def node_means(
         values=values,
         magnitude={location: (total / count).float() for location, total in sums.magnitude.items()},
         model=model.fingerprint(),
-        data=fingerprint({"windows": tokens}),
+        data=windows_fingerprint(tokens),
         tokens=count,
         protect_first=sums.sink_ratio() > SINK_RATIO,
     )

@@ -1,5 +1,7 @@
 """A model that circuits are taken from, with all that this needs: tokenizer, ablation values, held-out text."""
 
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +9,19 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.circuits.ablation import Means, node_means
-from distill.data.sample import load_sample
+from distill.artifact import Provenance, default_out, fresh_folder, read_manifest
+from distill.circuits.ablation import Means, node_means, windows_fingerprint
+from distill.command import pick_device
+from distill.data.prepare import prepare
+from distill.data.sample import load_sample, spread_windows
 from distill.model import DenseModel, SparseTransformer, check_tokenizer, load_model, load_tokenizer
 from distill.model.load import model_folder
 
 MEANS_FILE = "means.safetensors"
+WINDOWS = 256
+"""Held-out windows taken from a corpus."""
+LONGEST = 256
+"""Tokens in such a window, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,35 +41,76 @@ class Subject:
 
 
 def load_subject(
-    path_or_name: str | Path, *, name: str | None = None, sample: Int[Tensor, "n T1"] | None = None
+    path_or_name: str | Path,
+    *,
+    name: str | None = None,
+    corpus: Sequence[str] = (),
+    tokens: Path = default_out("tokens"),
+    device: str = "cpu",
 ) -> Subject:
     """A model by its folder, short name or hub name, with what lies beside it.
 
     Args:
         path_or_name: see `distill.model.load_model`.
         name: what to call it; by default the last part of the path.
-        sample: held-out windows; by default those beside the model.
+        corpus: text to hold out windows of (see `read_corpus`); by default those beside the model are taken.
+        tokens: where the packed corpus is kept.
+        device: where the model goes.
 
-    The means come from the file beside the model where they were measured on the same model and sample, and are
-    measured otherwise. ValueError where there is no such model, its tokenizer does not fit, or there is no sample.
+    The means come from the file beside the model where they were measured on the same model and windows, and are
+    measured otherwise. ValueError where there is no such model, its tokenizer does not fit, or there is no text.
     """
     model = load_model(path_or_name)
     tokenizer = load_tokenizer(path_or_name)
     check_tokenizer(tokenizer, model)
     folder = model_folder(path_or_name)
-    if sample is None and folder is not None:
-        sample = load_sample(folder)
+    label = name or Path(path_or_name).name
+    if corpus:
+        data = prepare(corpus, tokens / label, tokenizer=tokenizer)
+        sample = spread_windows(data.heldout, min(model.context, LONGEST), WINDOWS)
+    else:
+        sample = None if folder is None else load_sample(folder)
     if sample is None:
         raise ValueError(
-            f"model: {path_or_name} has no held-out text beside it (heldout.safetensors), which the ablation values "
-            "are measured on; give a corpus"
+            f"corpus: {path_or_name} has no held-out text beside it (heldout.safetensors), which its ablation values "
+            "are measured on; give a corpus, such as stdlib or a folder of text"
         )
+    model = model.to(pick_device(device)).eval()
     saved = None if folder is None else folder / MEANS_FILE
-    if saved is not None and saved.is_file():
-        means = Means.load(saved)
-        means = means if means.model == model.fingerprint() else node_means(model, sample[:, :-1])
-    else:
+    means = Means.load(saved) if saved is not None and saved.is_file() else None
+    if means is None or means.model != model.fingerprint() or means.data != windows_fingerprint(sample[:, :-1]):
         means = node_means(model, sample[:, :-1])
-    return Subject(
-        name=name or Path(path_or_name).name, model=model.eval(), tokenizer=tokenizer, sample=sample, means=means
+    return Subject(name=label, model=model, tokenizer=tokenizer, sample=sample, means=means)
+
+
+def ship(path: str | Path, out: Path, *, extra: Mapping[str, object] | None = None) -> Path:
+    """Copies a trained model's folder to `out` with its ablation values beside it, for others to load without a corpus.
+
+    Args:
+        path: model folder or run folder.
+        out: folder to make; an earlier one is replaced.
+        extra: further facts for the manifest.
+
+    ValueError for a model without held-out windows beside it, ArtifactError for a folder that does not say how it was
+    made.
+    """
+    folder = model_folder(path)
+    if folder is None:
+        raise ValueError(f"model: {path} is no folder; only trained models in a folder can be shipped")
+    made = read_manifest(folder)
+    known = made["provenance"]
+    provenance = Provenance(
+        kind="model",
+        command=known["command"],
+        config=known["config"],
+        seed=known["seed"],
+        data=known["data"],
+        extra={**known["extra"], "made": made["created"], "made_with": made["versions"], **(extra or {})},
     )
+    subject = load_subject(folder)
+    with fresh_folder(out, provenance, replace=True) as place:
+        for name in made["files"]:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, place / name)
+        subject.means.save(place / MEANS_FILE)
+    return out

@@ -13,7 +13,7 @@ SHIPPED = Path(__file__).parent.parent / "pretrained"
 
 def shipped_names() -> list[str]:
     """Short names of the models in the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    return sorted({path.relative_to(SHIPPED).parts[0] for path in SHIPPED.rglob("config.json")})
 
 
 def model_folder(path_or_name: str | Path) -> Path | None:
@@ -29,7 +29,7 @@ def model_folder(path_or_name: str | Path) -> Path | None:
                 return folder
         raise ValueError(f"model: {path} holds no config.json, nor does a folder model/ in it; it is no model folder")
     if str(path_or_name) in shipped_names():
-        return SHIPPED / str(path_or_name)
+        return model_folder(SHIPPED / str(path_or_name))
     if path.exists():
         raise ValueError(f"model: {path} is a file; allowed are a model folder, a hub name, or {shipped_names()}")
     return None

@@ -50,15 +50,15 @@ def fit(dense: DenseModel, student: SparseTransformer, data: TokenData, folder: 
     return fit_bridges(dense, student, data, config, training, folder, dense_name="tiny", **settings)
 
 
-def test_a_short_fit_lowers_every_term_and_leaves_a_folder(
+def test_a_short_fit_lowers_the_loss_and_leaves_a_folder(
     dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
 ) -> None:
     before = dense.fingerprint()
     made = fit(dense, student, data, tmp_path / "fit")
     first, last = made.history[0], made.history[-1]
     assert last["step"] == 30 and last["loss"] < 0.8 * first["loss"]
-    for term in ("ce", "nmse_d2s", "nmse_s2d", "kl_d2s.0.resid_in"):
-        assert term in first or term.startswith("kl")
+    assert {"ce", "kl", "nmse_d2s", "nmse_s2d", "kl_d2s", "kl_s2d", "nmse_s2d.final_resid"} <= set(last)
+    assert made.metrics["student_kl"] < first["kl"]
     assert last["nmse_d2s"] < first["nmse_d2s"] and last["nmse_s2d"] < first["nmse_s2d"]
     assert last["kept"] == 0.5 and "heldout_kl_d2s" in last
     assert dense.fingerprint() == before

@@ -248,6 +248,81 @@ def test_worth_it() -> None:
     assert not kernels.worth_it(4, 1024, 0.01)
 
 
+# --- projection ------------------------------------------------------------------------------------------------------
+
+
+def by_sorting(x: Tensor, count: int) -> Tensor:
+    """The first `count` of a stable sort by magnitude stay."""
+    flat = x.reshape(-1)
+    chosen = flat.abs().sort(descending=True, stable=True).indices[:count]
+    return torch.zeros_like(flat).index_copy(0, chosen, flat[chosen]).view_as(x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SEEDS,
+    st.integers(1, 40_000),
+    st.one_of(st.floats(0.0, 1.0), st.floats(0.0, 0.02)),
+    st.sampled_from(["normal", "rounded", "few", "equal", "tiny", "steps"]),
+)
+def test_projection_is_a_sort(seed: int, n: int, fraction: float, kind: str) -> None:
+    x = draw(seed, n)
+    x = {
+        "normal": x,
+        "rounded": (4 * x).round(),
+        "few": sparse(seed, n, density=0.03),
+        "equal": x.sign(),
+        "tiny": x * 1e-42,
+        "steps": x * torch.linspace(0, 1, n).round(),  # the sample's rank says little
+    }[kind]
+    expected = by_sorting(x, round(fraction * n))
+    kernels.project_(x, fraction)
+    assert torch.equal(x, expected)
+
+
+def test_projection_threads_and_crowds(threads: int) -> None:
+    for x in (draw(0, 300, 700), draw(1, 300, 700).mul(3).round(), sparse(2, 300, 700, density=0.01)):
+        for count in (0, 1, 2100, 2101, 100_000, 209_999, 210_000):
+            projected = x.clone()
+            kernels.shrink_(projected, *kernels.magnitude_cut(x, count))
+            assert torch.equal(projected, by_sorting(x, count))
+
+
+def test_projection_whatever_the_sample_says() -> None:
+    # Every entry that a sample of stride 61 sees is large, or small; the others are the opposite.
+    for seen in (100.0, 0.01):
+        x = draw(0, 61 * 500)
+        x[::61] *= seen
+        for fraction in (0.001, 0.01, 0.02, 0.5, 0.99):
+            projected = x.clone()
+            kernels.project_(projected, fraction)
+            assert torch.equal(projected, by_sorting(x, round(fraction * x.numel())))
+
+
+def test_cut_by_hand() -> None:
+    x = torch.tensor([[3.0, -1.0], [1.0, 0.0], [-2.0, 1.0]])
+    assert kernels.magnitude_cut(x, 0) == (math.inf, 0, 0)
+    assert kernels.magnitude_cut(x, 2) == (2.0, 1, 1)
+    assert kernels.magnitude_cut(x, 4) == (1.0, 2, 3)
+    assert kernels.magnitude_cut(x, 5) == (1.0, 3, 3)
+    assert kernels.magnitude_cut(torch.tensor([0.0, 2.0, 0.0]), 2) == (0.0, 0, 0)
+    kernels.shrink_(x, 1.0, 2, 3)
+    assert x.tolist() == [[3.0, -1.0], [1.0, 0.0], [-2.0, 0.0]]
+
+
+def test_projection_counts_as_a_change() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[4.0, 1.0], [2.0, 3.0]]))
+    x = torch.ones(1, 2)
+    assert kernels.sparse_linear(x, weight).tolist() == [[5.0, 5.0]]
+    kernels.project_(weight, 0.5)
+    assert kernels.sparse_linear(x, weight).tolist() == [[4.0, 3.0]]
+
+
+def test_projection_refuses_impossible_fractions() -> None:
+    with pytest.raises(ValueError, match="fraction: got 1.5"):
+        kernels.project_(torch.ones(3), 1.5)
+
+
 # --- the build -------------------------------------------------------------------------------------------------------
 
 

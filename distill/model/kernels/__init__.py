@@ -5,9 +5,20 @@
 
 from distill.model.kernels.build import library
 from distill.model.kernels.linear import Pattern, sparse_linear, weight_gradient, worth_it
+from distill.model.kernels.projection import magnitude_cut, project_, shrink_
 from distill.model.kernels.topk import abs_topk
 
-__all__ = ["Pattern", "abs_topk", "available", "sparse_linear", "weight_gradient", "worth_it"]
+__all__ = [
+    "Pattern",
+    "abs_topk",
+    "available",
+    "magnitude_cut",
+    "project_",
+    "shrink_",
+    "sparse_linear",
+    "weight_gradient",
+    "worth_it",
+]
 
 
 def available() -> bool:

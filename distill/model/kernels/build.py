@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_float, c_int64, c_void_p
@@ -29,6 +30,7 @@ PARALLEL_FROM = 1 << 17
 """Entries from which on a call is spread over threads: less is done before a second thread wakes up."""
 
 _log = logging.getLogger(__name__)
+_local = threading.local()
 _HERE = Path(__file__).parent
 # Nothing here changes what a NaN, an infinity or a denormal does (-ffast-math would flush denormals).
 _COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -82,6 +84,14 @@ def compiler() -> str | None:
 def threads(entries: int) -> int:
     """How many threads a call gets: torch's number, one where the work is smaller than the wake-up of a thread."""
     return torch.get_num_threads() if entries >= PARALLEL_FROM else 1
+
+
+def workspace(count: int) -> Tensor:
+    """`count` 4-byte places that a thread keeps between calls: fresh memory costs a page fault per 4 KB."""
+    held = getattr(_local, "held", None)
+    if held is None or held.numel() < count:
+        held = _local.held = torch.empty(count)
+    return held
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:

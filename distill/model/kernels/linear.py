@@ -1,6 +1,5 @@
 """Linear maps whose weight is mostly zeros, compiled: exact forward and gradients."""
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distill.model.kernels.build import call, threads
+from distill.model.kernels.build import call, threads, workspace
 
 DENSE_GRADIENT = 0.5
 """Share of non-zeros in the output's gradient from which on the weight gradient is a dense product."""
@@ -25,7 +24,6 @@ LEAST_SIDE = 32
 
 _BLOCK = 64
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_local = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +48,8 @@ class Pattern:
     @classmethod
     def of(cls, weight: Float[Tensor, "o i"]) -> "Pattern":
         """The entries of `weight`, kept until it is changed in place (as torch counts changes: not through `.data`)."""
+        if weight.is_inference():  # torch does not count its changes
+            return cls._build(weight.contiguous())
         state = (weight.data_ptr(), weight._version, tuple(weight.shape))
         found = _kept.get(weight)
         if found is None or found[0] != state:
@@ -117,7 +117,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, pattern: Pattern | None, grad_x: T
     tokens = grad.numel() // rows
     n = threads(tokens * (rows + columns))
     count = -(-tokens // _BLOCK)
-    blocks = _workspace(count * rows * _BLOCK)
+    blocks = workspace(count * rows * _BLOCK)
     place = torch.empty(count, rows, dtype=torch.int32)
     mask = torch.empty(count, rows, dtype=torch.int64)
     sums = grad.new_empty(count, rows)
@@ -151,14 +151,6 @@ def weight_gradient(
 def worth_it(o: int, i: int, density: float) -> bool:
     """Whether `sparse_linear` is faster than a dense product for a weight (o, i) of that share of non-zeros."""
     return density <= CROSSOVER and min(o, i) >= LEAST_SIDE
-
-
-def _workspace(count: int) -> Tensor:
-    """Memory that a thread keeps between calls: fresh memory costs a page fault per 4 KB."""
-    held = getattr(_local, "held", None)
-    if held is None or held.numel() < count:
-        held = _local.held = torch.empty(count)
-    return held
 
 
 def _dense_product(left: Float[Tensor, "n o"], right: Float[Tensor, "n i"]) -> Float[Tensor, "o i"]:

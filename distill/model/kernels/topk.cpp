@@ -1,74 +1,7 @@
 // AbsTopK: of each row the k entries of largest magnitude, ties by the lowest index, zeros never.
-//
-// Magnitudes are compared as the integers that their bits spell: the same order as of the floats, with NaN above
-// infinity, and no setting of the processor flushes the smallest. The k-th largest is found by counting how many
-// entries reach a bound that is moved by a secant in the counts, and at times by halving the bits, which ends the search
-// after a bounded number of steps on any input.
-#include "lanes.hpp"
+#include "search.hpp"
 
 static const int WORD = 64;  // entries per word of the mask
-static const int32_t MAGNITUDE = 0x7fffffff;
-
-static int32_t count_from(const int32_t* sizes, int64_t padded, int32_t bound) {
-    Ints limit = splat(bound), a{}, b{}, c{}, d{};
-    for (int64_t j = 0; j < padded; j += 4 * LANES) {
-        a -= (Ints)(load(sizes + j) >= limit);
-        b -= (Ints)(load(sizes + j + LANES) >= limit);
-        c -= (Ints)(load(sizes + j + 2 * LANES) >= limit);
-        d -= (Ints)(load(sizes + j + 3 * LANES) >= limit);
-    }
-    return sum((a + b) + (c + d));
-}
-
-static inline float as_float(int64_t bits) {
-    int32_t narrow = (int32_t)bits;
-    float value;
-    memcpy(&value, &narrow, 4);
-    return value;
-}
-
-static inline int64_t as_bits(float value) {
-    int32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-struct Cut {
-    int32_t bound;   // entries that reach it are candidates
-    int32_t above;   // where more than k reach it they all are equal to it or above; so many are above
-    bool tied;       // whether more than k reach it
-};
-
-// `z` and `density` belong to a normal row of unit variance: where its k-th largest magnitude is to be expected, and how
-// many of `width` entries lie there per unit.
-static Cut search(const int32_t* sizes, int64_t padded, int32_t k, float rms, int32_t largest, float z, float density) {
-    // More than k entries reach low, fewer than k reach high.
-    int64_t low = 1, high = (int64_t)largest + 1;
-    int32_t from_low = count_from(sizes, padded, 1), from_high = 0;
-    if (from_low <= k) return {1, 0, false};
-    float guess = z * rms;
-    for (int step = 0; high - low > 1; step++) {
-        int64_t bound = as_bits(guess);
-        // Not strictly inside (or not a number), or it has taken long: halve the bits.
-        if (!(bound > low && bound < high) || step % 5 == 4) bound = low + (high - low) / 2;
-        int32_t count = count_from(sizes, padded, (int32_t)bound);
-        if (count == k) return {(int32_t)bound, 0, false};
-        if (count > k) {
-            low = bound;
-            from_low = count;
-        } else {
-            high = bound;
-            from_high = count;
-        }
-        float left = as_float(low), right = as_float(high);
-        if (step == 0) {
-            guess = as_float(bound) + (float)(count - k) * rms / density;
-        } else {
-            guess = left + (right - left) * ((float)(from_low - k) / (float)(from_low - from_high));
-        }
-    }
-    return {(int32_t)low, from_high, true};
-}
 
 // Of the entries equal to the bound only the first `room` stay in the mask.
 static void drop_surplus(const int32_t* sizes, int64_t words, int32_t bound, int32_t room, uint64_t* mask) {
@@ -89,6 +22,8 @@ static void apply(const float* in, const uint64_t* mask, int64_t width, float* o
     for (; j < width; j++) out[j] = mask[j / WORD] >> (j % WORD) & 1 ? in[j] : 0.0f;
 }
 
+// `z` and `density` belong to a normal row of unit variance: where its k-th largest magnitude is to be expected, and how
+// many of `width` entries lie there per unit.
 static void row_forward(
     const float* in, int64_t width, int32_t k, float z, float density, int32_t* sizes, uint64_t* mask, float* out) {
     int64_t words = (width + WORD - 1) / WORD, padded = words * WORD, j = 0;
@@ -110,7 +45,9 @@ static void row_forward(
         square += j < width ? in[j] * in[j] : 0.0f;
     }
     float rms = __builtin_sqrtf(square / (float)width);
-    Cut cut = search(sizes, padded, k, rms, most, z, density);
+    int32_t filled = count_from(sizes, padded, 1);
+    Cut cut = {1, 0, false};
+    if (filled > k) cut = search(sizes, padded, k, {1, filled, (int64_t)most + 1, 0}, z * rms, rms / density);
     Ints limit = splat(cut.bound);
     for (int64_t w = 0; w < words; w++) {
         uint64_t word = 0;

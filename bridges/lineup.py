@@ -1,0 +1,54 @@
+"""The models of a comparison: a sparse model, its dense counterpart, a student with bridges and its dense model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridges.folder import MODEL, load_bridged
+from bridges.maps import Bridges
+from distill.circuits.subject import Subject, load_subject
+from distill.model.load import SHIPPED
+
+NO_BRIDGE = "none"
+STUDENT, TEACHER = "student", "dense_gpt2"
+"""What tables call the student and the dense model it was fitted to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """Models ready to be compared."""
+
+    subjects: list[Subject]
+    """sparse, dense, and with a bridge dense_gpt2 and student."""
+    bridges: Bridges | None
+    """Between the last two."""
+
+    def subject(self, name: str) -> Subject | None:
+        """The model of that name, None where it is not among them."""
+        return next((subject for subject in self.subjects if subject.name == name), None)
+
+
+def load_lineup(
+    sparse: str, dense: str, bridge: str = NO_BRIDGE, *, corpus: Sequence[str] = (), device: str = "cpu"
+) -> Lineup:
+    """Loads the models by folder or short name; `bridge` is a folder by `fit_bridges`, a short name, or none.
+
+    ValueError for what cannot be loaded, two tokenizers in the pair, and bridges of another dense model.
+    """
+    subjects = [
+        load_subject(sparse, name="sparse", corpus=corpus, device=device),
+        load_subject(dense, name="dense", corpus=corpus, device=device),
+    ]
+    if subjects[0].tokenizer.get_vocab() != subjects[1].tokenizer.get_vocab():
+        raise ValueError(f"dense: {dense} has another tokenizer than {sparse}; losses per token cannot be compared")
+    if bridge == NO_BRIDGE:
+        return Lineup(subjects=subjects, bridges=None)
+    folder = SHIPPED / bridge if (SHIPPED / bridge).is_dir() and not Path(bridge).is_dir() else Path(bridge)
+    if not (folder / MODEL).is_dir():
+        raise ValueError(f"bridge: {bridge} holds no student; allowed are folders by fit_bridges, or {NO_BRIDGE}")
+    _, bridges, info = load_bridged(folder)
+    teacher = load_subject(info.dense.name, name=TEACHER, corpus=corpus, device=device)
+    info.dense.check(teacher.model, info.dense.name)
+    student = load_subject(folder / MODEL, name=STUDENT, corpus=corpus, device=device)
+    model = bridges.to(next(student.model.parameters()).device)
+    return Lineup(subjects=[*subjects, teacher, student], bridges=model)

@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.artifact import read_manifest
+from distill.data import TokenData, load_sample, prepare
+from distill.model import Architecture, DenseModel, SparseTransformer, load_model, load_tokenizer
+from distill.training import TrainConfig, heldout_loss, plan, pretrain
+
+ARCHITECTURE = Architecture(vocab_size=300, context=16, n_layer=1, d_model=16, d_head=8)
+CONFIG = TrainConfig(steps=6, batch=4, context=16, kept=0.25, floor=0, log_every=2, eval_every=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(12):
+        text = "\n".join(f"value_{i} = call({number}, 'name {i * number}')" for i in range(30))
+        (folder / f"{number}.py").write_text(text)
+    return prepare([str(folder)], tmp_path_factory.mktemp("out") / "tokens", vocab_size=300)
+
+
+def test_a_sparse_model_ends_as_sparse_as_asked_and_loads_by_its_folder(data: TokenData, tmp_path: Path) -> None:
+    model = SparseTransformer.build(ARCHITECTURE)
+    done = pretrain(model, data, CONFIG, tmp_path / "run", tokenizer=data.tokenizer(), command="a test")
+    loaded = load_model(tmp_path / "run")
+    assert isinstance(loaded, SparseTransformer)
+    kept = int(loaded.layers[0].mlp_in.weight.count_nonzero())  # pyright: ignore
+    assert kept == round(0.25 * 64 * 16)
+    sample = load_sample(done.folder)
+    assert sample is not None
+    # The bigram table is kept in half precision.
+    assert heldout_loss(loaded, sample) == pytest.approx(done.heldout_loss, abs=1e-3)
+    assert len(load_tokenizer(tmp_path / "run")) == 300
+    manifest = read_manifest(done.folder, "model")
+    assert manifest["provenance"]["command"] == "a test"
+    assert manifest["provenance"]["extra"]["heldout_loss"] == done.heldout_loss
+    assert manifest["provenance"]["extra"]["tokens"] == 6 * 4 * 16
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [3, 6]
+
+
+def test_a_gpt2_is_saved_as_transformers_does(data: TokenData, tmp_path: Path) -> None:
+    model = DenseModel.build_gpt2(ARCHITECTURE)
+    before = model.fingerprint()
+    config = TrainConfig(steps=3, batch=4, context=16)
+    pretrain(model, data, config, tmp_path / "run", tokenizer=data.tokenizer(), command="a test")
+    loaded = load_model(tmp_path / "run" / "model")
+    assert isinstance(loaded, DenseModel)
+    assert loaded.fingerprint() == model.fingerprint() != before
+
+
+def test_folders_in_use_and_settings_that_do_not_fit_are_refused(data: TokenData, tmp_path: Path) -> None:
+    def run(model: SparseTransformer | DenseModel, config: TrainConfig, **more: bool) -> None:
+        pretrain(model, data, config, tmp_path / "run", tokenizer=data.tokenizer(), command="a test", **more)
+
+    model = SparseTransformer.build(ARCHITECTURE)
+    with pytest.raises(ValueError, match="context: 32"):
+        run(model, TrainConfig(steps=2, context=32))
+    with pytest.raises(ValueError, match=r"kept: 0\.5; a GPT-2"):
+        run(DenseModel.build_gpt2(ARCHITECTURE), TrainConfig(steps=2, context=16, kept=0.5))
+    small = SparseTransformer.build(Architecture(vocab_size=100, context=16, n_layer=1, d_model=16))
+    with pytest.raises(ValueError, match="the tokens need 300"):
+        run(small, CONFIG)
+    with pytest.raises(ValueError, match="resume: given together with overwrite"):
+        run(model, CONFIG, resume=True, overwrite=True)
+    assert not (tmp_path / "run").exists()
+    run(model, CONFIG)
+    with pytest.raises(ValueError, match="is there already; allowed are a new folder, --resume or --overwrite"):
+        run(SparseTransformer.build(ARCHITECTURE), CONFIG)
+    run(SparseTransformer.build(ARCHITECTURE), CONFIG, overwrite=True)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_the_plan_counts(data: TokenData) -> None:
+    model = SparseTransformer.build(ARCHITECTURE)
+    projected = sum(p.numel() for n, p in model.named_parameters() if "norm" not in n and n != "bigram" and "sink" not in n)
+    text = plan(model, CONFIG)
+    assert f"{projected:,} of them projected" in text
+    assert f"{round(projected / 4):,} stay" in text
+    assert "384 tokens" in text
+
+
+def test_seeds_decide_everything(data: TokenData, tmp_path: Path) -> None:
+    prints = []
+    for name in ("one", "two"):
+        model = SparseTransformer.build(ARCHITECTURE, seed=3)
+        pretrain(model, data, CONFIG, tmp_path / name, tokenizer=data.tokenizer(), command="a test")
+        prints.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*prints)
