@@ -2,7 +2,7 @@
 
 from bridges.baselines import bigram_loss, least_squares_bridges, mean_bridges
 from bridges.compare import CompareConfig, Comparison, compare
-from bridges.fit import PRESETS, Fit, StudentConfig, fit_bridges
+from bridges.fit import PRESETS, Fit, StudentConfig, fit_bridges, line_of
 from bridges.folder import BridgedInfo, BridgeMismatchError, DenseRecord, load_bridged, save_bridged
 from bridges.hybrid import dense_to_sparse, hybrid, random_passes, sparse_to_dense
 from bridges.lineup import Lineup, load_lineup
@@ -11,6 +11,7 @@ from bridges.maps import Bridges, BridgeShape
 from bridges.metrics import bridge_metrics, plot_metrics
 from bridges.objective import BridgeConfig, BridgeObjective, check_pair
 from bridges.report import table, write_report
+from bridges.scratch import train_lineup
 from bridges.subspace import (
     ResidualMeans,
     SubspaceTest,
@@ -48,6 +49,7 @@ __all__ = [
     "hybrid",
     "kl",
     "least_squares_bridges",
+    "line_of",
     "live_channels",
     "load_bridged",
     "load_lineup",
@@ -61,5 +63,6 @@ __all__ = [
     "sparse_to_dense",
     "subspace_test",
     "table",
+    "train_lineup",
     "write_report",
 ]

@@ -20,8 +20,8 @@ from distill.circuits.answers import CHANCE, answer_difference, frozen, two_way_
 from distill.circuits.circuit import SUFFIX, Circuit
 from distill.circuits.faithfulness.necessity import necessity
 from distill.circuits.faithfulness.sufficiency import loss_empty, sufficiency
-from distill.circuits.selection import TargetError
 from distill.circuits.prune import RELATIVE, PruneConfig, prune
+from distill.circuits.selection import TargetError
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.command import no_type_check
@@ -39,7 +39,7 @@ class CompareConfig:
     """What is compared, and how carefully; every value is checked when it is made."""
 
     prune: PruneConfig = field(default_factory=PruneConfig)
-    """How each circuit is searched for; its target is the task loss in nats that all circuits of a task have to meet."""
+    """How each circuit is searched for; its target is the task loss, in nats, for all models alike."""
     test_pairs: int = 64
     """Pairs of prompts, unseen by pruning, that sizes are judged on."""
     random_sets: int = 20
@@ -159,9 +159,7 @@ def _full_loss(subject: Subject, batch: TaskBatch) -> float:
         return float(two_way_loss(answer_difference(subject.model, batch)))
 
 
-def _circuit(
-    subject: Subject, task: Task, config: CompareConfig, target: float, row: dict[str, Any]
-) -> Circuit | None:
+def _circuit(subject: Subject, task: Task, config: CompareConfig, target: float, row: dict[str, Any]) -> Circuit | None:
     """The pruned circuit; where none meets the target, None and the reason in the row."""
     settings = replace(config.prune, target=target, relative=False)
     began = time.perf_counter()

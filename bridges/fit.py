@@ -22,9 +22,12 @@ from bridges.metrics import Metrics, bridge_metrics, plot_metrics, recorded
 from bridges.objective import BridgeConfig, BridgeObjective, check_pair
 from distill.artifact import Provenance, read_json, write_json, write_manifest
 from distill.circuits.ablation import SINK_RATIO
+from distill.command import no_type_check
+from distill.data.sample import spread_windows
 from distill.data.tokens import TokenData, windows
 from distill.model.run import Runnable
 from distill.model.transformer import Architecture, SparseTransformer
+from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS
 from distill.training.sparsity import sparse_parameters
 from distill.training.trainer import METRICS, TrainConfig, train
 
@@ -35,6 +38,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": {"kl": 0.0, "first_position
 """Values of `BridgeConfig` by name; `paper` has the terms of [G A.3] only."""
 
 
+@no_type_check
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The numbers of a sparse student that its dense model does not decide."""
@@ -92,6 +96,21 @@ class Fit:
     """Of `bridge_metrics`, as in `bridges.json`."""
     history: list[dict[str, Any]]
     """Lines of `metrics.jsonl`."""
+
+
+def line_of(metrics: Metrics) -> str:
+    """What a fit came to, in two lines for people."""
+    sites = metrics["sites"].values()
+    means = {
+        name: sum(site[name] for site in sites) / len(sites)
+        for name in ("nmse_d2s", "nmse_s2d", "hybrid_ce_d2s", "hybrid_ce_s2d")
+    }
+    return (
+        f"held-out loss, nats per token: dense {metrics['dense_ce']:.3f}, student {metrics['student_ce']:.3f}, "
+        f"bigram {metrics['bigram_ce']:.3f}\n"
+        f"means over sites: NMSE {means['nmse_d2s']:.3f} dense to sparse, {means['nmse_s2d']:.3f} back; "
+        f"hybrid loss {means['hybrid_ce_d2s']:.3f} dense to sparse, {means['hybrid_ce_s2d']:.3f} back"
+    )
 
 
 def fit_bridges(
@@ -153,6 +172,8 @@ def fit_bridges(
     )
     sparse = {f"student.{name}": parameter for name, parameter in sparse_parameters(student).items()}
     modules = nn.ModuleDict({"student": student, "bridges": bridges})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, provenance)
     history = train(
         modules,
         objective,
@@ -166,7 +187,9 @@ def fit_bridges(
     )
     bigram = bigram_loss(data.train, heldout, vocab_size=dense.vocab_size)
     metrics = bridge_metrics(dense, student, bridges, heldout, batch=batch, bigram_ce=bigram, mixtures=4)
-    save_bridged(folder, student, bridges, record, metrics, tokenizer=tokenizer)
+    sample = spread_windows(data.heldout, training.context, SAMPLE_WINDOWS)
+    compact = training.kept < COMPACT_BELOW
+    save_bridged(folder, student, bridges, record, metrics, tokenizer=tokenizer, compact=compact, sample=sample)
     plot_metrics(metrics, folder / "bridges.png")
     write_manifest(folder, provenance)
     return Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)

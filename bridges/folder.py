@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bridges.maps import Bridges, check_bridges
 from distill.artifact import ArtifactError, read_json, write_json
+from distill.data.sample import save_sample
 from distill.model.load import load_model
 from distill.model.run import Runnable
 from distill.model.transformer import SparseTransformer
@@ -89,12 +92,14 @@ def save_bridged(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     compact: bool = False,
+    sample: Int[Tensor, "n T1"] | None = None,
 ) -> None:
     """Write student, bridges, the dense model's record and the metrics into `folder`, over what is there.
 
     Arguments:
         tokenizer: saved beside the student.
         compact: leave the student's zeros out of its file (`SparseTransformer.save_compact`).
+        sample: held-out windows to keep beside the student.
     """
     folder = Path(folder)
     model = folder / MODEL
@@ -105,6 +110,8 @@ def save_bridged(
         student.save_pretrained(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(model)
+    if sample is not None:
+        save_sample(model, sample, vocab_size=student.vocab_size)
     bridges.save(folder / BRIDGES)
     # Of what was written, not of what is in memory: a compact file may round.
     written = load_model(model).fingerprint()

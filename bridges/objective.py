@@ -28,9 +28,11 @@ from bridges.hybrid import cross
 from bridges.losses import cross_entropy, kl, nmse
 from bridges.maps import Bridges, BridgeShape, check_bridges
 from bridges.metrics import recorded
+from distill.command import no_type_check
 from distill.model.run import Runnable
 
 
+@no_type_check
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
     """Terms of the loss and how they are estimated; every value is checked when it is made."""

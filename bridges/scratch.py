@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from bridges.fit import StudentConfig, fit_bridges, start_fit
+from bridges.fit import StudentConfig, fit_bridges
 from bridges.folder import METRICS_FILE
 from bridges.lineup import Lineup, load_lineup
 from bridges.objective import BridgeConfig
@@ -49,7 +49,6 @@ def _fit(data: TokenData, config: TrainConfig, folder: Path) -> None:
     dense = load_model(folder / "dense_gpt2")
     shape = StudentConfig(d_model=ARCHITECTURE.d_model)
     student = SparseTransformer.build(shape.architecture(dense), seed=config.seed)
-    start_fit(out, resume=out.exists(), overwrite=False)
     fit_bridges(
         dense,
         student,

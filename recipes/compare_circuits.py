@@ -47,9 +47,7 @@ def compare_circuits(options: Options) -> None:
     """Load the models, prune, judge, print, save."""
     tasks = [load_task(name) for name in options.task]
     config = replace(options.config, prune=replace(options.config.prune, target=options.target, seed=options.seed))
-    lineup = load_lineup(
-        options.model, options.dense, options.bridge, corpus=options.corpus, device=options.device
-    )
+    lineup = load_lineup(options.model, options.dense, options.bridge, corpus=options.corpus, device=options.device)
     comparison = add_subspaces(compare(lineup.subjects, tasks, config), lineup, tasks, config)
     provenance = Provenance(
         kind="report", command="recipes/compare_circuits.py", config=asdict(config), seed=options.seed, data=None

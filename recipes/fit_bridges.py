@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bridges import BridgeConfig, StudentConfig, fit_bridges, line_of, start_fit
+from bridges import BridgeConfig, StudentConfig, fit_bridges, line_of
 from distill import command, load_model, load_tokenizer, prepare
-from distill.artifact import default_out
+from distill.artifact import default_out, make_way
 from distill.model import SparseTransformer, check_tokenizer
 from distill.training import TrainConfig, plan
 
@@ -63,7 +63,7 @@ def fit(options: Options) -> None:
     print(plan(student, config))
     if options.dry_run:
         return
-    start_fit(options.out, resume=options.resume, overwrite=options.overwrite)
+    make_way(options.out, "bridge", resume=options.resume, overwrite=options.overwrite)
     data = prepare(
         options.corpus, options.out.with_name(options.out.name + ".tokens"), tokenizer=tokenizer, seed=options.seed
     )

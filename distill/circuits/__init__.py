@@ -3,8 +3,8 @@
 from distill.circuits.ablation import Means, node_means
 from distill.circuits.circuit import Circuit, CircuitMismatchError
 from distill.circuits.masks import MaskTap, NodeMasks, all_nodes
-from distill.circuits.selection import TargetError
 from distill.circuits.prune import PruneConfig, prune
+from distill.circuits.selection import TargetError
 from distill.circuits.subject import Subject, load_subject
 from distill.circuits.tasks import Pair, Task, TaskBatch, encode, load_task, task_names
 

@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distill.circuits.ablation import Means
-from distill.model.sites import KINDS, kind_of, layer_of
 
 Nodes = dict[str, Tensor]
 """A set of nodes: per location, in the order of the run, a bool per channel, (width,)."""
@@ -158,8 +157,3 @@ def all_nodes(widths: Mapping[str, int], keep: bool = True) -> Nodes:
 def node_count(nodes: Mapping[str, Bool[Tensor, "width"]]) -> int:
     """Number of nodes in a set."""
     return sum(int(mask.sum()) for mask in nodes.values())
-
-
-def in_run_order(locations: Mapping[str, Any]) -> list[str]:
-    """Names of locations in the order of the run."""
-    return sorted(locations, key=lambda location: (layer_of(location), KINDS.index(kind_of(location))))

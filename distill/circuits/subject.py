@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,8 @@ from distill.model import DenseModel, SparseTransformer, check_tokenizer, load_m
 from distill.model.load import model_folder
 
 MEANS_FILE = "means.safetensors"
+TOKENS = default_out("tokens")
+"""Where corpora that a model does not bring are packed."""
 WINDOWS = 256
 """Held-out windows taken from a corpus."""
 LONGEST = 256
@@ -45,7 +48,7 @@ def load_subject(
     *,
     name: str | None = None,
     corpus: Sequence[str] = (),
-    tokens: Path = default_out("tokens"),
+    tokens: Path = TOKENS,
     device: str = "cpu",
 ) -> Subject:
     """A model by its folder, short name or hub name, with what lies beside it.
@@ -75,7 +78,7 @@ def load_subject(
             f"corpus: {path_or_name} has no held-out text beside it (heldout.safetensors), which its ablation values "
             "are measured on; give a corpus, such as stdlib or a folder of text"
         )
-    model = model.to(pick_device(device)).eval()
+    torch.nn.Module.to(model, pick_device(device)).eval()
     saved = None if folder is None else folder / MEANS_FILE
     means = Means.load(saved) if saved is not None and saved.is_file() else None
     if means is None or means.model != model.fingerprint() or means.data != windows_fingerprint(sample[:, :-1]):

@@ -36,4 +36,3 @@ def load_sample(folder: Path) -> Int[Tensor, "n T1"] | None:
     if not isinstance(length, int) or length < 2 or len(ids) % length:
         raise ArtifactError(f"{path}: {len(ids)} ids are no whole number of windows of {length} tokens")
     return torch.from_numpy(np.asarray(ids, np.int64).reshape(-1, length))
-

@@ -90,6 +90,8 @@ class DenseModel(Runnable):
         self.vocab_size, self.context = config.vocab_size, config.n_positions
         self.d_head = self.d_model // self.n_head
         self.has_positions = self.family.embed_positions is not None
+        # Else a later `train(self.training)` would switch the dropout of a model in evaluation mode on.
+        self.train(model.training)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> "DenseModel":
@@ -131,8 +133,7 @@ class DenseModel(Runnable):
         return self.hf.get_submodule(name if layer is None else f"{self.family.blocks}.{layer}.{name}")
 
     def _weight(self, name: str, layer: int) -> Tensor:
-        weight = self._part(name, layer).weight.detach()
-        assert isinstance(weight, Tensor)
+        weight = self._part(name, layer).get_parameter("weight").detach()
         return weight.T if self.family.transposed else weight
 
     @property
@@ -143,7 +144,9 @@ class DenseModel(Runnable):
             for location in node_locations(self.n_layer)
         }
 
-    def embed(self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
         x = self._part(self.family.embed_tokens)(tokens)
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -159,7 +162,9 @@ class DenseModel(Runnable):
             position_ids=context.position_ids,
         )
 
-    def sublayer(self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None) -> Float[Tensor, "B T D"]:
+    def sublayer(
+        self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
+    ) -> Float[Tensor, "B T D"]:
         i = layer_of(site)
         attention = site.endswith("resid_in")
         name = f"{i}.attn" if attention else f"{i}.mlp"
@@ -221,9 +226,7 @@ class DenseModel(Runnable):
         return self._tensor(self.family.unembed)
 
     def _tensor(self, name: str) -> Tensor:
-        weight = self._part(name).weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return self._part(name).get_parameter("weight").detach()
 
     def describe(self) -> Mapping[str, Any]:
         skipped = {"transformers_version", "_name_or_path", "dtype", "architectures"}
@@ -237,4 +240,3 @@ def _tap_qkv(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -
 
 def _tap_neurons(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return tap(f"{i}.mlp.post_act", output)
-

@@ -15,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill.model import kernels
 
-
 PATHS = ("auto", "plain")
 _path = "auto"
 
@@ -30,7 +29,8 @@ def set_path(path: str) -> None:
 
 def native(x: Tensor) -> bool:
     """Whether the compiled operations are to be used on a tensor like this one."""
-    return _path == "auto" and x.dtype == torch.float32 and x.device.type == "cpu" and kernels.available()
+    fits = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return fits and _path == "auto" and kernels.available()
 
 
 def norm_scale(x: Float[Tensor, "*rows D"], *, center: bool, eps: float) -> Float[Tensor, "*rows 1"]:
@@ -95,7 +95,7 @@ def linear(
     x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*rows o"]:
     """x W^T + b: without the zeros of W where there are many, by oneDNN elsewhere, plainly where asked for."""
-    if native(x) and x.numel() and kernels.worth_it(*weight.shape, density(weight)):
+    if native(x) and x.numel() and kernels.worth_it(weight.shape[0], weight.shape[1], density(weight)):
         return kernels.sparse_linear(x, weight, bias)
     plain = _path == "plain" or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     if plain or not torch.backends.mkldnn.is_available() or x.numel() == 0:
@@ -134,7 +134,10 @@ def attention_pattern(
 
 
 def causal_attention(
-    q: Float[Tensor, "B N T H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"], sink: Float[Tensor, " N"] | None
+    q: Float[Tensor, "B N T H"],
+    k: Float[Tensor, "B N T H"],
+    v: Float[Tensor, "B N T H"],
+    sink: Float[Tensor, " N"] | None,
 ) -> Float[Tensor, "B N T H"]:
     """`attention_pattern(...) @ v` for whole sequences without padding, by torch's fused causal kernel.
 
@@ -142,6 +145,8 @@ def causal_attention(
     (1 in each query, 0 in each ordinary key), and whose value is zero. The result is the same but for rounding. The
     values get an empty channel too, as the fused kernel takes no two widths.
     """
+    if native(q):
+        return kernels.causal_attention(q, k, v, sink)
     if sink is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     root = math.sqrt(q.shape[-1])

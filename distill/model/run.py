@@ -34,7 +34,7 @@ class Context:
 
 
 class Runnable(nn.Module):
-    """A decoder that can be run, tapped, stopped and started. Shape letters: B batch, T tokens, D width, V vocabulary."""
+    """A decoder that can be run, tapped, stopped and started. Shapes: B batch, T tokens, D width, V vocabulary."""
 
     n_layer: int
     d_model: int
@@ -51,11 +51,15 @@ class Runnable(nn.Module):
         """Channels at each node location, in the order of the run."""
         raise NotImplementedError
 
-    def embed(self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
         """The residual stream at `0.resid_in`."""
         raise NotImplementedError
 
-    def sublayer(self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None) -> Float[Tensor, "B T D"]:
+    def sublayer(
+        self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
+    ) -> Float[Tensor, "B T D"]:
         """The residual stream after the attention (from `{i}.resid_in`) or the MLP (from `{i}.resid_mid`)."""
         raise NotImplementedError
 

@@ -149,4 +149,3 @@ class Chain:
 def chain(*taps: Tap) -> Chain:
     """`Chain(*taps)`."""
     return Chain(*taps)
-

@@ -7,7 +7,7 @@ same class at kept fraction 1 is the dense model to compare with.
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +85,9 @@ class Architecture:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
         if self.n_head is None:
             _require(self.d_model % self.d_head == 0, "d_model", self.d_model, f"multiples of d_head {self.d_head}")
-            object.__setattr__(self, "n_head", self.d_model // self.d_head)
-        if self.d_mlp is None:
-            object.__setattr__(self, "d_mlp", 4 * self.d_model)
         for name in ("n_head", "d_mlp"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "1 and more, or none")
         _require(self.norm in ("rms", "layer"), "norm", self.norm, "rms, layer")
         _require(self.norm == "layer" or not self.norm_bias, "norm_bias", self.norm_bias, "false with norm=rms")
         _require(self.norm_eps >= 0, "norm_eps", self.norm_eps, "0 and more")
@@ -111,15 +109,17 @@ class Architecture:
 
     @property
     def heads(self) -> int:
-        """Heads per layer, resolved."""
-        assert self.n_head is not None
-        return self.n_head
+        """Heads per layer, where the default is worked out."""
+        return self.d_model // self.d_head if self.n_head is None else self.n_head
 
     @property
     def neurons(self) -> int:
-        """Neurons per layer, resolved."""
-        assert self.d_mlp is not None
-        return self.d_mlp
+        """Neurons per layer, where the default is worked out."""
+        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+    def resolved(self) -> "Architecture":
+        """The same with every default worked out, as it is saved: a later change of width moves nothing else."""
+        return replace(self, n_head=self.heads, d_mlp=self.neurons)
 
     def width(self, kind: str) -> int:
         """Channels at a kind of node location."""
@@ -157,7 +157,7 @@ class SparseTransformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         names = [field.name for field in fields(Architecture)]
-        architecture = Architecture(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        architecture = Architecture(**{name: kwargs.pop(name) for name in names if name in kwargs}).resolved()
         for name in names:
             setattr(self, name, getattr(architecture, name))
         kwargs.setdefault("tie_word_embeddings", architecture.tied_unembedding)
@@ -252,7 +252,7 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights of variance 1 / fan in, the writes smaller so that the stream does not grow with depth; the rest 0/1."""
+        """Weights of variance 1 / fan in, the writes smaller so that the stream does not grow with depth."""
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -275,9 +275,13 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
 
     @property
     def widths(self) -> dict[str, int]:
-        return {location: self.architecture.width(location.split(".", 1)[1]) for location in node_locations(self.n_layer)}
+        return {
+            location: self.architecture.width(location.split(".", 1)[1]) for location in node_locations(self.n_layer)
+        }
 
-    def embed(self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
         x = self.embed_tokens(tokens)
         if self.architecture.position != "added":
             return x
@@ -285,12 +289,16 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return x + self.embed_positions(position_ids)
 
-    def sublayer(self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None) -> Float[Tensor, "B T D"]:
+    def sublayer(
+        self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
+    ) -> Float[Tensor, "B T D"]:
         index = layer_of(site)
         layer = self.layers[index]
         assert isinstance(layer, Layer)
         attention = site.endswith("resid_in")
-        delta = self._attention(index, layer, x, context, tap) if attention else self._mlp(index, layer, x, context, tap)
+        delta = (
+            self._attention(index, layer, x, context, tap) if attention else self._mlp(index, layer, x, context, tap)
+        )
         x = x + delta
         if self.architecture.residual_activation == "relu":
             x = F.relu(x)
@@ -391,7 +399,7 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Hugging Face's calling convention for `run`: logits (B, T, V), and the mean loss in nats where labels are given.
+        """Hugging Face's calling convention for `run`: logits (B, T, V), and with labels the mean loss in nats.
 
         Labels are shifted inside; -100 marks positions without a target.
         """

@@ -2,7 +2,7 @@
 
 from distill.training.evaluate import heldout_loss, per_token_losses
 from distill.training.optim import make_optimizer, rate_factor, sharkfin_factor
-from distill.training.pretrain import Pretrained, next_token_loss, plan, pretrain, save_model, start_run
+from distill.training.pretrain import Pretrained, next_token_loss, plan, pretrain, save_model
 from distill.training.sparsity import kept_fraction, project_, sparse_parameters, sparsity_report
 from distill.training.trainer import Objective, TrainConfig, TrainingError, train, tune_malloc
 
@@ -24,7 +24,6 @@ __all__ = [
     "sharkfin_factor",
     "sparse_parameters",
     "sparsity_report",
-    "start_run",
     "train",
     "tune_malloc",
 ]

@@ -4,14 +4,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import Provenance, fresh_folder, remove_folder, write_manifest
+from distill.artifact import Provenance, fresh_folder, make_way, write_manifest
 from distill.data.sample import save_sample, spread_windows
 from distill.data.tokens import TokenData
 from distill.model import DenseModel, SparseTransformer
@@ -21,6 +20,8 @@ from distill.training.trainer import Objective, TrainConfig, train
 
 EVALUATION_WINDOWS = 64
 """Held-out windows looked at during training, spread over all of them."""
+COMPACT_BELOW = 0.4
+"""Share of non-zeros under which weights are stored without their zeros."""
 SAMPLE_WINDOWS = 512
 """Held-out windows that the final loss is measured on and that are kept beside the model."""
 
@@ -62,21 +63,6 @@ def next_token_loss(model: SparseTransformer | DenseModel) -> Objective:
     return objective
 
 
-def start_run(folder: Path, provenance: Provenance, *, resume: bool, overwrite: bool) -> None:
-    """Makes a training's folder, or checks that it may be used.
-
-    ValueError for a folder that is there without `resume` or `overwrite`, and for both together.
-    """
-    if resume and overwrite:
-        raise ValueError("resume: given together with overwrite; allowed is one of them")
-    if overwrite:
-        remove_folder(folder, "run")
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise ValueError(f"out: {folder} is there already; allowed are a new folder, --resume or --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, provenance)
-
-
 def pretrain(
     model: SparseTransformer | DenseModel,
     data: TokenData,
@@ -105,7 +91,9 @@ def pretrain(
         sparse = sparse_parameters(model)
     settings = {"train": asdict(config), "model": dict(model.describe())}
     provenance = Provenance(kind="run", command=command, config=settings, seed=config.seed, data=data.fingerprint)
-    start_run(folder, provenance, resume=resume, overwrite=overwrite)
+    make_way(folder, "run", resume=resume, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, provenance)
     watched = spread_windows(data.heldout, config.context, EVALUATION_WINDOWS)
     began = time.perf_counter()
     train(
@@ -155,4 +143,4 @@ def save_model(
 
 def _mostly_zero(state: Mapping[str, Tensor]) -> bool:
     matrices = [value for name, value in state.items() if value.dim() == 2 and name != "bigram"]
-    return sum(int(value.count_nonzero()) for value in matrices) < 0.4 * sum(value.numel() for value in matrices)
+    return sum(int(m.count_nonzero()) for m in matrices) < COMPACT_BELOW * sum(m.numel() for m in matrices)

@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from distill.model import kernels
+from distill.model.operations import native
+
 Anneal = Literal["linear", "exponential", "fast"]
 FAST_FRACTION = 0.05
 """Share of the steps within which "fast" annealing reaches the target."""
@@ -108,10 +111,15 @@ def project_(weight: Tensor, fraction: float, *, floor: int = 0, axis: int | Non
     count = round(fraction * data.numel())
     if count == data.numel():
         return int(torch.count_nonzero(data))
-    magnitude = data.abs()
-    cut = magnitude_threshold(magnitude, count)
+    compiled = native(data) and data.is_contiguous()
+    # The compiled pass needs no tensor of magnitudes, only the floor does.
+    magnitude = data if compiled and not floor else data.abs()
+    cut = Cut(*kernels.magnitude_cut(data, count)) if compiled else magnitude_threshold(magnitude, count)
     saved = _floor_entries(data, magnitude, cut.value, floor, axis) if floor and axis is not None else None
-    _shrink_(data, magnitude, cut)
+    if compiled:
+        kernels.shrink_(data, *cut)
+    else:
+        _shrink_(data, magnitude, cut)
     if saved is not None:
         units, positions, values = saved
         (data if axis == 0 else data.T)[units, positions] = values

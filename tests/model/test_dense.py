@@ -30,6 +30,10 @@ def test_logits_are_those_of_transformers_bit_for_bit(gpt2: GPT2LMHeadModel, tok
     assert torch.equal(model.run(tokens, tap=Record()), gpt2(tokens).logits)
 
 
+def test_the_wrapper_is_in_the_mode_of_what_it_wraps(gpt2: GPT2LMHeadModel) -> None:
+    assert not DenseModel(gpt2).training
+
+
 def test_stop_then_start_equals_the_whole_run(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
     model = DenseModel(gpt2)
     whole = model.run(tokens)

@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from distill.model import Chain, Edit, Record, Replace, kind_of, layer_of, node_locations, node_name, residual_sites, split_node
+from distill.model import (
+    Chain,
+    Edit,
+    Record,
+    Replace,
+    kind_of,
+    layer_of,
+    node_locations,
+    node_name,
+    residual_sites,
+    split_node,
+)
 
 
 def test_names_stand_in_the_order_of_the_run() -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_saving_and_loading(tmp_path: Path) -> None:
     assert isinstance(loaded, SparseTransformer)
     assert torch.equal(loaded.run(tokens), model.run(tokens))
     assert loaded.fingerprint() == model.fingerprint()
-    assert AutoConfig.from_pretrained(tmp_path / "dense").architecture == TINY
+    assert AutoConfig.from_pretrained(tmp_path / "dense").architecture == TINY.resolved()
 
 
 def test_compact_storage_keeps_every_weight(tmp_path: Path) -> None:
@@ -143,6 +144,12 @@ def test_the_loss_is_the_mean_over_shifted_targets() -> None:
     log_p = logits.log_softmax(-1)
     targets = [-float(log_p[b, t, tokens[b, t + 1]]) for b in range(2) for t in range(8)]
     assert model(tokens, labels=tokens).loss.item() == pytest.approx(sum(targets) / 16, rel=1e-5)
+
+
+def test_defaults_follow_the_width() -> None:
+    wide = replace(TINY, d_model=32)
+    assert (wide.heads, wide.neurons) == (8, 128)
+    assert (wide.resolved().n_head, wide.resolved().d_mlp) == (8, 128)
 
 
 def test_seeds_reproduce() -> None:

@@ -76,7 +76,9 @@ def test_folders_in_use_and_settings_that_do_not_fit_are_refused(data: TokenData
 
 def test_the_plan_counts(data: TokenData) -> None:
     model = SparseTransformer.build(ARCHITECTURE)
-    projected = sum(p.numel() for n, p in model.named_parameters() if "norm" not in n and n != "bigram" and "sink" not in n)
+    projected = sum(
+        p.numel() for n, p in model.named_parameters() if "norm" not in n and n != "bigram" and "sink" not in n
+    )
     text = plan(model, CONFIG)
     assert f"{projected:,} of them projected" in text
     assert f"{round(projected / 4):,} stay" in text

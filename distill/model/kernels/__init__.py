@@ -3,6 +3,7 @@
 `available()` says whether this machine has them; each gives what the plain operation gives, which a test holds it to.
 """
 
+from distill.model.kernels.attention import causal_attention
 from distill.model.kernels.build import library
 from distill.model.kernels.linear import Pattern, sparse_linear, weight_gradient, worth_it
 from distill.model.kernels.projection import magnitude_cut, project_, shrink_
@@ -12,6 +13,7 @@ __all__ = [
     "Pattern",
     "abs_topk",
     "available",
+    "causal_attention",
     "magnitude_cut",
     "project_",
     "shrink_",

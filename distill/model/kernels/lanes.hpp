@@ -108,6 +108,21 @@ static inline void transpose(Floats square[LANES]) {
     }
 }
 
+// x (tokens, width) with rows `stride` apart -> out (width, span), tokens beyond the last are zero.
+static inline void gather(const float* x, int64_t stride, int64_t width, int64_t tokens, int64_t span, float* out) {
+    for (int64_t t = 0; t < span; t += LANES) {
+        int64_t there = tokens - t < LANES ? tokens - t : LANES, c = 0;
+        for (; c + LANES <= width && there > 0; c += LANES) {
+            Floats square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = i < there ? load(x + (t + i) * stride + c) : Floats{};
+            transpose(square);
+            for (int i = 0; i < LANES; i++) store(out + (c + i) * span + t, square[i]);
+        }
+        for (; c < width; c++)
+            for (int i = 0; i < LANES; i++) out[c * span + t + i] = i < there ? x[(t + i) * stride + c] : 0.0f;
+    }
+}
+
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Memory that a thread keeps from call to call, aligned to cache lines: fresh memory costs a page fault per 4 KB.

@@ -15,21 +15,6 @@ struct Entry {
     float value;
 };
 
-// x (tokens, width) with rows `stride` apart -> out (width, span), tokens beyond the last are zero.
-static void gather(const float* x, int64_t stride, int64_t width, int64_t tokens, int64_t span, float* out) {
-    for (int64_t t = 0; t < span; t += LANES) {
-        int64_t there = tokens - t < LANES ? tokens - t : LANES, c = 0;
-        for (; c + LANES <= width && there > 0; c += LANES) {
-            Floats square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = i < there ? load(x + (t + i) * stride + c) : Floats{};
-            transpose(square);
-            for (int i = 0; i < LANES; i++) store(out + (c + i) * span + t, square[i]);
-        }
-        for (; c < width; c++)
-            for (int i = 0; i < LANES; i++) out[c * span + t + i] = i < there ? x[(t + i) * stride + c] : 0.0f;
-    }
-}
-
 // out (tokens, rows) = x W^T + bias for one block, x transposed (columns, SPAN).
 template <int VECTORS>
 static void multiply(
@@ -170,7 +155,7 @@ void pattern_count(const float* weight, int64_t rows, int64_t columns, int32_t* 
     for (int64_t r = 0; r < rows; r++) start[r + 1] += start[r];
 }
 
-// Both orders of the entries; `start` from above. `column_start` has columns + 1 places, `place` columns * threads.
+// Both orders of the entries; `start` from above. `column_start` has columns + 1 places, `place` columns * slabs.
 void pattern_fill(
     const float* weight, int64_t rows, int64_t columns, const int32_t* start, Entry* by_row, int32_t* column_start,
     Entry* by_column, int32_t* place, int64_t slabs, int64_t threads) {
