@@ -185,7 +185,8 @@ def judge(subject: Subject, circuit: Circuit, batch: TaskBatch, config: CompareC
         **circuit.counts(subject.model),
         "loss_without_circuit": needed.value,
         "loss_without_random_median": float(torch.tensor(needed.control).median()),
-        "meets_target": min(enough.value, enough.details["loss_calibrated"]) <= circuit.target,
+        "meets_target": (enough.details["loss_calibrated"] if config.prune.calibrated else enough.value)
+        <= circuit.target,
         "checks": {check.name: {"verdict": check.verdict, "reason": check.reason} for check in (enough, needed)},
         "seconds_checks": round(time.perf_counter() - began, 2),
     }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridges.folder import MODEL, load_bridged
+from bridges.folder import DENSE, MODEL, load_bridged
 from bridges.maps import Bridges
 from distill.circuits.subject import Subject, load_subject
 from distill.model.load import SHIPPED
@@ -44,7 +44,7 @@ def load_lineup(
     if bridge == NO_BRIDGE:
         return Lineup(subjects=subjects, bridges=None)
     folder = SHIPPED / bridge if (SHIPPED / bridge).is_dir() and not Path(bridge).is_dir() else Path(bridge)
-    if not (folder / MODEL).is_dir():
+    if not (folder / MODEL).is_dir() or not (folder / DENSE).is_file():
         raise ValueError(f"bridge: {bridge} holds no student; allowed are folders by fit_bridges, or {NO_BRIDGE}")
     _, bridges, info = load_bridged(folder)
     teacher = load_subject(info.dense.name, name=TEACHER, corpus=corpus, device=device)

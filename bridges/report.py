@@ -118,7 +118,8 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         axis.set_xticks(places, tasks, rotation=25, ha="right")
         axis.set_title(title)
         if key != "loss_without_circuit":
-            axis.set_yscale("log")
+            # Not a plain logarithm: a circuit may have no edges, and no model a circuit.
+            axis.set_yscale("symlog", linthresh=1)
     axes[2].axhline(np.log(2), color="grey", linewidth=0.8, linestyle=":")
     axes[2].set_xlabel("black mark: random nodes taken out instead; dotted: chance")
     axes[0].legend()

@@ -429,6 +429,10 @@ def _fresh_file(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
+        # Some writers make files that only their owner may read; what we leave is as readable as any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)

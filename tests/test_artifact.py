@@ -504,3 +504,9 @@ def test_versions_and_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact, "_PACKAGES", ("no-such-package",))
     assert artifact.versions()["no-such-package"] == "not installed"
     assert artifact.default_out("quickstart") == Path("runs/quickstart")
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    artifact.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "means"})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -46,6 +46,9 @@ class PruneConfig:
 
     target: float = 0.15
     """Task loss that the circuit has to meet, in nats per prompt (chance is 0.693)."""
+    headroom: float = 0.4
+    """Share of the room between the full model and the target that is left free on validation prompts, in [0, 1):
+    prompts that pruning never saw are of other templates, on which a circuit that just meets the target misses it."""
     relative: bool = False
     """Take ln 2 - 0.83 (ln 2 - loss of the full model) as the target instead, for models out of reach of `target`."""
     objective: str = "paper"
@@ -112,7 +115,7 @@ class PruneConfig:
         for name in ("price_rate", "weight_decay", "init_noise", "margin"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "0 and more")
-        for name in ("smoothing", "beta1", "beta2", "warmup"):
+        for name in ("headroom", "smoothing", "beta1", "beta2", "warmup"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "numbers in [0, 1)")
         for name in ("steps", "pairs", "train_pairs", "val_pairs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
@@ -177,16 +180,17 @@ def prune_batches(
         judge = Judge(model, means, train, val, calibrated=config.calibrated, margin=config.margin)
         full, empty = judge.loss(None), judge.loss(all_nodes(model.widths, keep=False))
         target = target_for(config, full)
+        goal = goal_for(config, target, full)
         masks = new_masks(model, config)
         if config.screen:
-            screen(masks, train, judge, config, target)
+            screen(masks, train, judge, config, goal)
         seconds = {"screen": clock.lap()}
-        learn(model, train, means, config, target, masks, clock.share(0.7))
+        learn(model, train, means, config, goal, masks, clock.share(0.7))
         seconds["learn"] = clock.lap()
-        kept = discretise(masks, judge, target, full)
+        kept, goal = discretise(masks, judge, (goal, target), full)
         kept_before = int(masks.count[kept].sum())
         seconds["discretise"] = clock.lap()
-        kept = clean_up(masks, kept, judge, target, config.clean_up, clock.share(1.0))
+        kept = clean_up(masks, kept, judge, goal, config.clean_up, clock.share(1.0))
         seconds["clean_up"] = clock.lap()
         nodes = as_nodes(masks, kept)
         losses = {"full": full, "empty": empty} | judge.report(nodes)
@@ -204,6 +208,7 @@ def prune_batches(
         provenance={
             "config": asdict(config),
             "seed": config.seed,
+            "goal": goal,
             "label": LABEL_BETTER if target < full else "",
             "ablation": "mean per position" if means.per_position else "mean",
             "norms": "free",
@@ -223,6 +228,15 @@ def target_for(config: PruneConfig, full: float) -> float:
         return config.target
     _require(full < CHANCE, "relative", f"a full model at {full:.3f} nats", f"full models under chance, {CHANCE:.3f}")
     return CHANCE - RELATIVE * (CHANCE - full)
+
+
+def goal_for(config: PruneConfig, target: float, full: float) -> float:
+    """The loss in nats to be met on validation prompts, `config.headroom` of the room below the target.
+
+    The room is that between the full model's loss and the target, or all of the target where the full model misses it.
+    """
+    room = target - full if full < target else target
+    return target - config.headroom * room
 
 
 class Price:

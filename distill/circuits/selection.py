@@ -5,7 +5,7 @@ here, and the batch stays the same throughout: fresh batches at each step would 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -113,11 +113,20 @@ def _first(order: Int[Tensor, "groups"], count: int) -> Bool[Tensor, "groups"]:
     return kept
 
 
-def discretise(masks: NodeMasks, judge: Judge, target: float, full: float) -> Bool[Tensor, "groups"]:
-    """The groups of largest tau, as few as meet the target. TargetError naming the best loss seen where none do."""
+def discretise(
+    masks: NodeMasks, judge: Judge, goals: Sequence[float], full: float
+) -> tuple[Bool[Tensor, "groups"], float]:
+    """The groups of largest tau, as few as meet the first goal that can be met, and that goal.
+
+    Goals are losses in nats, the strictest first. TargetError naming the best loss seen where the last is not met.
+    """
     tau = masks.tau.detach()
     order = torch.argsort(tau, descending=True, stable=True)
-    count, seen = smallest(masks, tau, judge, target)
+    count, seen, target = None, {}, goals[-1]
+    for goal in goals:
+        if count is None:
+            (count, found), target = smallest(masks, tau, judge, goal), goal
+            seen |= found
     if count is None:
         closest, best = min(seen.items(), key=lambda item: item[1])
         nodes = int(masks.count[_first(order, closest)].sum())
@@ -125,7 +134,7 @@ def discretise(masks: NodeMasks, judge: Judge, target: float, full: float) -> Bo
             f"target: {target:.4g} nats is out of reach: the full model has {full:.4g}, the best circuit found "
             f"{best:.4g} with {nodes} nodes; give a higher target, a relative one, or more steps"
         )
-    return _first(order, count)
+    return _first(order, count), target
 
 
 def _grid(on: int, total: int) -> list[int]:

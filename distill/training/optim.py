@@ -76,10 +76,15 @@ def make_optimizer(
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float, sharkfin: float) -> None:
-    """Give the group of projected parameters `rate * sharkfin`, the others `rate`."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, sharkfin: float, dense_rate: float = 1.0) -> None:
+    """Give the group of projected parameters `rate * sharkfin`, the others `rate * dense_rate`.
+
+    Where nothing is projected, the share `dense_rate` is left out: it is for what stands beside projected parameters.
+    """
+    beside = any(group["name"] == "sparse" for group in optimizer.param_groups)
     for group in optimizer.param_groups:
-        group["lr"] = rate * sharkfin if group["name"] == "sparse" else rate
+        share = sharkfin if group["name"] == "sparse" else dense_rate if beside else 1.0
+        group["lr"] = rate * share
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

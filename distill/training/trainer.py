@@ -66,6 +66,8 @@ class TrainConfig:
     """Tokens per sequence."""
     learning_rate: float = 0.03
     """Peak rate, at the target fraction; belongs to grad_rms and eps."""
+    dense_rate: float = 1.0
+    """Rate of what is not projected (bridges, bigram table, norms, sinks), as a share of learning_rate, above 0."""
     kept: float = 1.0
     """Target fraction of weights that stay, in (0, 1]; 1 trains densely."""
     floor: int | None = None
@@ -106,7 +108,7 @@ class TrainConfig:
         self._require("kept", 0 < self.kept <= 1, "above 0, up to 1")
         for name in ("anneal_fraction", "warmup_fraction"):
             self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        for name in ("learning_rate", "eps"):
+        for name in ("learning_rate", "dense_rate", "eps"):
             self._require(name, 0 < getattr(self, name) < math.inf, "finite numbers above 0")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "finite numbers from 0")
         self._require("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
@@ -306,7 +308,7 @@ def _update(run: _Run, objective: Objective) -> None:
     rms = _gradient_rms(run, loss)
     scale_gradients_(run.parameters.values(), rms, config.grad_rms)
     rate, sharkfin = config.rate_at(step)
-    set_rate(run.optimizer, rate, sharkfin)
+    set_rate(run.optimizer, rate, sharkfin, config.dense_rate)
     run.optimizer.step()
     run.step += 1
     kept = config.kept_after(run.step)
