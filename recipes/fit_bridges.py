@@ -18,7 +18,7 @@ from distill.artifact import default_out, make_way
 from distill.model import SparseTransformer, check_tokenizer
 from distill.training import TrainConfig, plan
 
-LAPTOP = TrainConfig(context=128, kept=1 / 16, steps=2500, learning_rate=0.02)
+LAPTOP = TrainConfig(context=128, batch=8, kept=1 / 16, steps=4000, learning_rate=0.04, dense_rate=0.05)
 PRESETS = {
     "paper": {"bridge.kl": 0.0, "bridge.first_position": "in"},
     "tiny": {"student.d_model": 32, "config.steps": 20, "config.batch": 4, "config.context": 32},

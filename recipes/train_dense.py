@@ -38,7 +38,7 @@ class Options:
     """Size of the BPE tokenizer trained on the corpus."""
     architecture: Architecture = Architecture(context=128, n_layer=3, d_model=64)
     """Shape of the model; GPT-2 takes its layers, widths, heads and context from it."""
-    config: TrainConfig = TrainConfig(context=128, steps=2500, learning_rate=0.02)
+    config: TrainConfig = TrainConfig(context=128, steps=2500, learning_rate=0.03)
     """Length and rate of the training; kept stays 1."""
     out: Path = default_out("dense")
     """Run folder."""

@@ -25,7 +25,7 @@ LAPTOP = {
     "config.batch": 16,
     "config.kept": 0.0625,
     "config.steps": 2500,
-    "config.learning_rate": 0.02,
+    "config.learning_rate": 0.03,
 }
 PRESETS = {
     "laptop": LAPTOP,
@@ -43,7 +43,7 @@ class Options:
     """Size of the BPE tokenizer trained on the corpus."""
     architecture: Architecture = Architecture(context=128, n_layer=3)
     """Shape of the model; its vocabulary is that of the tokenizer."""
-    config: TrainConfig = TrainConfig(context=128, kept=1 / 16, steps=2500, learning_rate=0.02)
+    config: TrainConfig = TrainConfig(context=128, kept=1 / 16, steps=2500, learning_rate=0.03)
     """Length, sparsity and rate of the training."""
     out: Path = default_out("sparse")
     """Run folder."""

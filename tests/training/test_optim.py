@@ -55,6 +55,17 @@ def test_groups_rates_and_decay():
     assert (module.bigram[0, 0].item(), module.gain[0].item()) == (1.0, 1.0)
 
 
+def test_what_stands_beside_projected_parameters_has_a_rate_of_its_own():
+    module = parts()
+    optimizer = make_optimizer(module, {"matrix": module.matrix})
+    set_rate(optimizer, 0.1, 0.5, 0.2)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"sparse": 0.05, "dense": 0.02, "plain": 0.02})
+    alone = make_optimizer(module, {})
+    set_rate(alone, 0.1, 0.5, 0.2)
+    assert {group["lr"] for group in alone.param_groups} == {0.1}
+
+
 def test_first_step_by_hand():
     module = nn.Module()
     module.gain = nn.Parameter(torch.tensor([1.0, 1.0]))
