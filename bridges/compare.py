@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from tqdm import tqdm
 
 from distill.artifact import versions
@@ -30,6 +33,10 @@ from distill.training.evaluate import heldout_loss
 SPARSE, DENSE = "sparse", "dense"
 """Names of the pair that the ratio is about."""
 SIZES = ("nodes", "edges_induced", "edges_embed", "edges_null")
+MATCHED = 0.01
+"""Largest relative difference of held-out losses within which two models count as matched."""
+RESERVED = frozenset({"target", "asked", "bridge"})
+"""What a task's row holds beside the models."""
 CIRCUIT_FIELDS = ("loss_circuit", "loss_calibrated", *SIZES, "loss_without_circuit", "loss_without_random_median")
 
 
@@ -46,13 +53,17 @@ class CompareConfig:
     """Random node sets that necessity is read against."""
     able: float = 0.6
     """Task loss in nats above which a model is said not to do a task (chance is 0.693)."""
+    relative: bool = True
+    """Where a full model misses the target, take ln 2 - 0.83 (ln 2 - its loss) instead; else circuits are labelled."""
+    subspaces: int = 100
+    """Control subspaces of each kind in the test of the bridged subspace."""
     empty: float = 0.5
     """Task loss with all nodes ablated below which a task needs no circuit, and does not count in the mean."""
-    heldout_windows: int = 128
+    heldout_windows: int = 512
     """Held-out windows that the models' losses are measured on."""
 
     def __post_init__(self) -> None:
-        for name in ("test_pairs", "random_sets", "heldout_windows"):
+        for name in ("test_pairs", "random_sets", "subspaces", "heldout_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed are 1 and more")
         for name in ("able", "empty"):
@@ -79,11 +90,14 @@ def compare(subjects: Sequence[Subject], tasks: Sequence[Task], config: CompareC
     """Prunes every subject on every task and puts the circuits side by side.
 
     Subjects named `sparse` and `dense` are the pair of the ratio. A task that a model cannot do keeps its row with a
-    reason. ValueError for subjects with the same name, and where a task does not fit a tokenizer.
+    reason. ValueError for names that stand twice or mean something else, and where a task does not fit a tokenizer.
     """
-    names = [subject.name for subject in subjects]
-    if len(set(names)) < len(names):
-        raise ValueError(f"model: the names {names} are not all different; give each model a name of its own")
+    for field_name, names in (("model", [one.name for one in subjects]), ("task", [task.name for task in tasks])):
+        if len(set(names)) < len(names) or not names:
+            raise ValueError(f"{field_name}: got {names}; allowed are one or more, each with a name of its own")
+    if taken := {subject.name for subject in subjects} & RESERVED:
+        raise ValueError(f"model: a model cannot be called {taken.pop()!r} in a comparison; rename its folder")
+    models = {one.name: _describe(one, sample_for(one, subjects, config)) for one in subjects}
     rows: dict[str, dict[str, Any]] = {}
     circuits: dict[tuple[str, str], Circuit] = {}
     with tqdm(total=len(tasks) * len(subjects), desc="circuits", unit="circuit") as bar:
@@ -91,7 +105,8 @@ def compare(subjects: Sequence[Subject], tasks: Sequence[Task], config: CompareC
             rows[task.name], found = _compare_task(subjects, task, config, bar)
             circuits.update({(task.name, name): circuit for name, circuit in found.items()})
     record = {
-        "models": {subject.name: _describe(subject, config) for subject in subjects},
+        "models": models,
+        "matched": matched(models),
         "tasks": rows,
         **ratios(rows, config.empty),
         "objective": config.prune.objective,
@@ -102,9 +117,23 @@ def compare(subjects: Sequence[Subject], tasks: Sequence[Task], config: CompareC
     return Comparison(record=record, circuits=circuits)
 
 
-def _describe(subject: Subject, config: CompareConfig) -> dict[str, Any]:
-    sample = subject.sample
-    chosen = sample[:: max(1, len(sample) // config.heldout_windows)][: config.heldout_windows]
+def sample_for(subject: Subject, subjects: Sequence[Subject], config: CompareConfig) -> Int[Tensor, "n T1"]:
+    """Held-out windows to judge a model on: the same tokens for all models with the same vocabulary."""
+    alike = [one for one in subjects if one.tokenizer.get_vocab() == subject.tokenizer.get_vocab()]
+    length = min(one.sample.shape[1] for one in alike)
+    every = alike[0].sample[:, :length]
+    return every[torch.linspace(0, len(every) - 1, min(config.heldout_windows, len(every))).long()]
+
+
+def matched(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How far the held-out losses of the pair are apart; matched means within 1% (METHODS 6.7). None without a pair."""
+    if SPARSE not in models or DENSE not in models:
+        return None
+    gap = models[DENSE]["heldout_loss"] / models[SPARSE]["heldout_loss"] - 1
+    return {"gap": gap, "within": MATCHED, "holds": abs(gap) <= MATCHED}
+
+
+def _describe(subject: Subject, chosen: Int[Tensor, "n T1"]) -> dict[str, Any]:
     matrices = list(subject.model.matrices().values())
     nonzeros, numel = sum(int(m.count_nonzero()) for m in matrices), sum(m.numel() for m in matrices)
     return {
@@ -123,8 +152,9 @@ def _compare_task(
     tests = {subject.name: _test_batch(subject, task, config) for subject in subjects}
     losses = {subject.name: _full_loss(subject, tests[subject.name]) for subject in subjects}
     pair = [losses[name] for name in (SPARSE, DENSE) if name in losses] or list(losses.values())
-    target = common_target(config.prune.target, [loss for loss in pair if loss < config.able])
-    row: dict[str, Any] = {"target": target}
+    able = [loss for loss in pair if loss < config.able]
+    target = common_target(config.prune.target, able) if config.relative else config.prune.target
+    row: dict[str, Any] = {"target": target, "asked": config.prune.target}
     circuits: dict[str, Circuit] = {}
     for subject in subjects:
         bar.set_postfix_str(f"{task.name}, {subject.name}")
@@ -134,8 +164,8 @@ def _compare_task(
         if losses[subject.name] >= config.able:
             row[subject.name]["reason"] = f"the full model cannot do the task (able: under {config.able} nats)"
         else:
-            own = common_target(target, [losses[subject.name]])
-            circuit = _circuit(subject, task, config, own, row[subject.name])
+            settings = _settings(config, target, able, losses[subject.name])
+            circuit = _circuit(subject, task, config, settings, row[subject.name])
             if circuit is not None:
                 circuits[subject.name] = circuit
                 row[subject.name] |= judge(subject, circuit, tests[subject.name], config)
@@ -159,18 +189,31 @@ def _full_loss(subject: Subject, batch: TaskBatch) -> float:
         return float(two_way_loss(answer_difference(subject.model, batch)))
 
 
-def _circuit(subject: Subject, task: Task, config: CompareConfig, target: float, row: dict[str, Any]) -> Circuit | None:
-    """The pruned circuit; where none meets the target, None and the reason in the row."""
-    settings = replace(config.prune, target=target, relative=False)
+def _settings(config: CompareConfig, target: float, able: Sequence[float], full: float) -> PruneConfig:
+    """How one model is pruned: to the common target, and to one goal on validation prompts for the whole pair.
+
+    A model beside the pair (the student, its dense model) that misses the common target gets a relative one of its own.
+    """
+    own = common_target(target, [full]) if config.relative else target
+    worst = max(able, default=full) if own == target else full
+    room = own - worst if worst < own else own
+    return replace(config.prune, target=own, relative=False, goal=own - config.prune.headroom * room)
+
+
+def _circuit(
+    subject: Subject, task: Task, config: CompareConfig, settings: PruneConfig, one: dict[str, Any]
+) -> Circuit | None:
+    """The pruned circuit; where none meets the target, None and the reason among the model's entries."""
+    one["target"] = settings.target
     began = time.perf_counter()
     try:
         circuit = prune(subject.model, task, subject.tokenizer, subject.means, settings, model_name=subject.name)
     except TargetError as error:
-        row["reason"] = str(error)
+        one["reason"] = str(error)
         return None
-    row["seconds"] = round(time.perf_counter() - began, 2)
-    row["target"] = target
-    row["label"] = circuit.provenance["label"]
+    one["seconds"] = round(time.perf_counter() - began, 2)
+    one["goal"] = circuit.provenance["goal"]
+    one["label"] = circuit.provenance["label"]
     return circuit
 
 
@@ -184,7 +227,7 @@ def judge(subject: Subject, circuit: Circuit, batch: TaskBatch, config: CompareC
         "loss_calibrated": enough.details["loss_calibrated"],
         **circuit.counts(subject.model),
         "loss_without_circuit": needed.value,
-        "loss_without_random_median": float(torch.tensor(needed.control).median()),
+        "loss_without_random_median": float(np.median(needed.control)),
         "meets_target": (enough.details["loss_calibrated"] if config.prune.calibrated else enough.value)
         <= circuit.target,
         "checks": {check.name: {"verdict": check.verdict, "reason": check.reason} for check in (enough, needed)},
@@ -195,12 +238,19 @@ def judge(subject: Subject, circuit: Circuit, batch: TaskBatch, config: CompareC
 def ratios(rows: Mapping[str, Mapping[str, Any]], empty: float) -> dict[str, Any]:
     """Dense over sparse, geometric means over the tasks that count.
 
-    A task counts where both circuits meet the target and neither model does it with all nodes ablated (loss_empty
-    above `empty`). Beside the ratio of edges stand that of nodes and the null: what the ratio of edges would be if
-    as many nodes had been drawn blindly. None where no task counts.
+    Which tasks are eligible is settled before pruning: both full models reach the target, and neither does the task
+    with all nodes ablated (loss_empty above `empty`). Of these a task counts where both circuits meet the target on
+    prompts that pruning never saw; `left_out` says why the others do not. Beside the ratio of edges stand that of
+    nodes and the null: what the ratio of edges would be if as many nodes had been drawn blindly. None where no task
+    counts.
     """
-    counted = [name for name, row in rows.items() if _counts(row, empty)]
-    found: dict[str, Any] = {"tasks_counted": counted}
+    reasons = {name: _left_out(row, empty) for name, row in rows.items()}
+    counted = [name for name, (_, reason) in reasons.items() if not reason]
+    found: dict[str, Any] = {
+        "tasks_eligible": [name for name, (eligible, _) in reasons.items() if eligible],
+        "tasks_counted": counted,
+        "left_out": {name: reason for name, (_, reason) in reasons.items() if reason},
+    }
     for name, size in (("edge_ratio", "edges_induced"), ("node_ratio", "nodes"), ("null_ratio", "edges_null")):
         # A circuit without edges (all in the embeddings) would make the ratio infinite: it counts as one edge.
         logs = [math.log(max(rows[t][DENSE][size], 1) / max(rows[t][SPARSE][size], 1)) for t in counted]
@@ -208,6 +258,21 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], empty: float) -> dict[str, Any
     return found
 
 
-def _counts(row: Mapping[str, Any], empty: float) -> bool:
-    pair = [row.get(SPARSE), row.get(DENSE)]
-    return all(one is not None and one.get("meets_target") and one["loss_empty"] > empty for one in pair)
+def _left_out(row: Mapping[str, Any], empty: float) -> tuple[bool, str]:
+    """Whether a task is eligible, and why it does not count ("" where it does)."""
+    pair = {name: row[name] for name in (SPARSE, DENSE) if row.get(name) is not None}
+    if len(pair) < 2:
+        return False, "there is no pair of a sparse and a dense model"
+    for name, one in pair.items():
+        if one["loss_full"] > row["target"]:
+            return False, f"{name} misses the target with all its nodes ({one['loss_full']:.3f} > {row['target']:.3f})"
+    for name, one in pair.items():
+        if one["loss_empty"] <= empty:
+            return False, f"{name} does it without any node (loss_empty {one['loss_empty']:.3f}): it needs no circuit"
+    for name, one in pair.items():
+        if one["nodes"] is None:
+            return True, f"{name} has no circuit: {one['reason']}"
+        if not one["meets_target"]:
+            loss = one["loss_circuit"]
+            return True, f"{name}'s circuit misses the target on unseen prompts ({loss:.3f} > {row['target']:.3f})"
+    return True, ""

@@ -6,7 +6,7 @@ same as for a model that is trained alone.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,23 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bridges.baselines import bigram_loss, least_squares_bridges
-from bridges.folder import DenseRecord, save_bridged
+from bridges.folder import DenseRecord, check_place, save_bridged
 from bridges.maps import Bridges
 from bridges.metrics import Metrics, bridge_metrics, plot_metrics, recorded
 from bridges.objective import BridgeConfig, BridgeObjective, check_pair
-from distill.artifact import Provenance, read_json, write_json, write_manifest
+from distill.artifact import ArtifactError, Provenance, make_way, read_json, write_json, write_manifest
 from distill.circuits.ablation import SINK_RATIO
 from distill.command import no_type_check
 from distill.data.sample import spread_windows
-from distill.data.tokens import TokenData, windows
+from distill.data.tokens import Sampler, TokenData, windows
 from distill.model.run import Runnable
-from distill.model.transformer import Architecture, SparseTransformer
-from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS
-from distill.training.sparsity import sparse_parameters
-from distill.training.trainer import METRICS, TrainConfig, train
+from distill.model.transformer import LARGEST_BIGRAM, Architecture, SparseTransformer
+from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS, check_way, start_folder
+from distill.training.sparsity import sparse_parameters, sparsity_report
+from distill.training.trainer import TrainConfig, train
 
-LARGEST_BIGRAM = 8192
-"""Vocabulary up to which a student gets a dense (V, V) bigram table."""
 SETTINGS_FILE = "settings.json"
 PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": {"kl": 0.0, "first_position": "in"}}
 """Values of `BridgeConfig` by name; `paper` has the terms of [G A.3] only."""
@@ -56,7 +54,7 @@ class StudentConfig:
     position: Literal["auto", "none", "added"] = "auto"
     """Learned positions: added where the dense model has learned ones (auto), never, always."""
     bigram: Literal["auto", "on", "off"] = "auto"
-    """Dense (V, V) bigram table: up to a vocabulary of 8192 (auto), always, never."""
+    """Dense (V, V) bigram table: where the vocabulary is 8192 at most (auto), yes (refused above that), no."""
 
     def architecture(self, dense: Runnable) -> Architecture:
         """The whole architecture, with the depth, vocabulary and context of the dense model. `ValueError` as there."""
@@ -99,18 +97,23 @@ class Fit:
 
 
 def line_of(metrics: Metrics) -> str:
-    """What a fit came to, in two lines for people."""
-    sites = metrics["sites"].values()
-    means = {
-        name: sum(site[name] for site in sites) / len(sites)
-        for name in ("nmse_d2s", "nmse_s2d", "hybrid_ce_d2s", "hybrid_ce_s2d")
-    }
+    """What a fit came to, in two lines for people; means are over the sites that have a value."""
+    means = {}
+    for name in ("nmse_d2s", "nmse_s2d", "hybrid_ce_d2s", "hybrid_ce_s2d"):
+        mean = _mean(metrics, name)
+        means[name] = "not defined" if mean is None else f"{mean:.3f}"
     return (
         f"held-out loss, nats per token: dense {metrics['dense_ce']:.3f}, student {metrics['student_ce']:.3f}, "
         f"bigram {metrics['bigram_ce']:.3f}\n"
-        f"means over sites: NMSE {means['nmse_d2s']:.3f} dense to sparse, {means['nmse_s2d']:.3f} back; "
-        f"hybrid loss {means['hybrid_ce_d2s']:.3f} dense to sparse, {means['hybrid_ce_s2d']:.3f} back"
+        f"means over sites: NMSE {means['nmse_d2s']} dense to sparse, {means['nmse_s2d']} back; "
+        f"hybrid loss {means['hybrid_ce_d2s']} dense to sparse, {means['hybrid_ce_s2d']} back"
     )
+
+
+def _mean(metrics: Metrics, name: str) -> float | None:
+    """Mean over sites; a site whose stream does not vary has no NMSE, and where all are so there is no mean."""
+    values = [site[name] for site in metrics["sites"].values() if site[name] is not None]
+    return sum(values) / len(values) if values else None
 
 
 def fit_bridges(
@@ -124,6 +127,7 @@ def fit_bridges(
     dense_name: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     command: str = "bridges.fit_bridges",
     judged: int = 32,
     batch: int = 8,
@@ -132,7 +136,8 @@ def fit_bridges(
 
     The folder gets `model/` (the student, with the tokenizer where one is given), `bridges/`, `dense.json` (which dense
     model), `bridges.json` (metrics), `bridges.png`, `settings.json`, the trainer's `metrics.jsonl` and `checkpoints/`,
-    and a manifest. `load_bridged` reads it.
+    and a manifest. `load_bridged` reads it. Nothing is written, nor an earlier run deleted, before the input has
+    passed.
 
     Arguments:
         dense: the dense model, on the student's device; it is frozen for good.
@@ -142,21 +147,27 @@ def fit_bridges(
         dense_name: path or hub name of the dense model, to be loaded by later.
         tokenizer: saved beside the student.
         resume: go on from the newest checkpoint in the folder.
+        overwrite: delete an earlier run in the folder.
         command: recorded as the command that made it.
         judged: held-out windows that the final metrics are measured on; those on the way use at most 8 of them.
         batch: windows per pass in these measurements.
 
-    Raises `ValueError` for models that do not fit each other or the data, no held-out tokens, and settings that are
-    not those of the run to be resumed; `TrainingError` where the training breaks down.
+    Raises `ValueError` for models that do not fit each other or the data, too little text, a folder in use, and
+    settings that are not those of the run to be resumed; `TrainingError` where the training breaks down.
     """
     folder = Path(folder)
+    check_way(folder, "bridge", resume=resume, overwrite=overwrite)
     check_pair(dense, student, context=training.context)
     if data.vocab_size > dense.vocab_size:
         raise ValueError(f"data: has ids up to {data.vocab_size - 1}, the models' vocabulary is {dense.vocab_size}")
     heldout = windows(data.heldout, training.context, judged)
+    sample = spread_windows(data.heldout, training.context, SAMPLE_WINDOWS)
+    Sampler(data.train, batch=training.batch, context=training.context, seed=training.seed)  # refuses too little text
     record = DenseRecord.of(dense, dense_name)
-    settings = {"dense": asdict(record), "bridge": asdict(config), "student": dict(student.describe())}
-    _keep_settings(folder, settings, resume)
+    settings = {"dense": record.stored(folder), "bridge": asdict(config), "student": dict(student.describe())}
+    if resume:
+        _check_settings(folder, settings)
+        check_place(folder)
     bridges, objective = _prepare(dense, student, data, config, training, batch)
 
     def evaluate() -> dict[str, float]:
@@ -172,8 +183,10 @@ def fit_bridges(
     )
     sparse = {f"student.{name}": parameter for name, parameter in sparse_parameters(student).items()}
     modules = nn.ModuleDict({"student": student, "bridges": bridges})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, provenance)
+    make_way(folder, "bridge", resume=resume, overwrite=overwrite)
+    start_folder(folder, provenance)
+    if not (folder / SETTINGS_FILE).is_file():
+        write_json(folder / SETTINGS_FILE, settings)
     history = train(
         modules,
         objective,
@@ -187,9 +200,23 @@ def fit_bridges(
     )
     bigram = bigram_loss(data.train, heldout, vocab_size=dense.vocab_size)
     metrics = bridge_metrics(dense, student, bridges, heldout, batch=batch, bigram_ce=bigram, mixtures=4)
-    sample = spread_windows(data.heldout, training.context, SAMPLE_WINDOWS)
-    compact = training.kept < COMPACT_BELOW
-    save_bridged(folder, student, bridges, record, metrics, tokenizer=tokenizer, compact=compact, sample=sample)
+    facts = {
+        "heldout_loss": metrics["student_ce"],
+        "tokens": training.steps * training.batch * training.context,
+        "sparsity": sparsity_report(sparse) if training.kept < 1 else {},
+        "corpus": dict(data.record),
+    }
+    save_bridged(
+        folder,
+        student,
+        bridges,
+        record,
+        metrics,
+        tokenizer=tokenizer,
+        compact=training.kept < COMPACT_BELOW,
+        sample=sample,
+        provenance=replace(provenance, kind="model", extra=facts),
+    )
     plot_metrics(metrics, folder / "bridges.png")
     write_manifest(folder, provenance)
     return Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
@@ -215,27 +242,29 @@ def _prepare(
     return bridges, BridgeObjective(dense, student, bridges, config, skip_first=skip)
 
 
-def _keep_settings(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Write down what the run is made with; refuse a folder in use, and to resume under other settings."""
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to resume the run in `folder`, where there is one, under other settings than it was made with."""
     path = folder / SETTINGS_FILE
-    if not resume and (path.exists() or (folder / METRICS).exists()):
-        raise ValueError(f"folder: {folder} holds a run already, allowed are a new folder, or to resume it")
-    if path.exists():
-        for name, was in read_json(path, what="settings").items():
-            now = json.loads(json.dumps(settings.get(name)))
-            changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
-            if changed:
-                key = changed[0]
-                raise ValueError(f"{name}.{key}: got {now.get(key)!r}, to resume {folder} allowed is {was.get(key)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    if not path.exists():
+        return
+    saved = read_json(path, what="settings")
+    if not isinstance(saved, dict) or not all(isinstance(part, dict) for part in saved.values()):
+        raise ArtifactError(f"{path}: does not hold the settings of a run")
+    for name, was in saved.items():
+        now = json.loads(json.dumps(settings.get(name, {})))
+        # The fingerprint says which dense model it is; its name is only where it lies today.
+        keys = {*was, *now} - ({"name"} if name == "dense" else set())
+        changed = sorted(key for key in keys if was.get(key) != now.get(key))
+        if changed:
+            key = changed[0]
+            raise ValueError(f"{name}.{key}: got {now.get(key)!r}, to resume {folder} allowed is {was.get(key)!r}")
 
 
 def _brief(metrics: Metrics) -> dict[str, float]:
     """Held-out values for the log: the models' losses, and means over sites."""
     found = {f"heldout_{name}": metrics[name] for name in ("student_ce", "student_kl", "dense_ce")}
     for name in ("nmse_d2s", "nmse_s2d", "kl_d2s", "kl_s2d"):
-        values = [site[name] for site in metrics["sites"].values() if site[name] is not None]
-        if values:
-            found[f"heldout_{name}"] = sum(values) / len(values)
+        mean = _mean(metrics, name)
+        if mean is not None:
+            found[f"heldout_{name}"] = mean
     return found

@@ -1,15 +1,17 @@
 """The folder of a student with its bridges, which loads by its path.
 
-    model/         the student, a Hugging Face model folder
+    model/         the student, a Hugging Face model folder with a manifest of its own
     bridges/       encoders and decoders
     dense.json     which dense model they belong to, and which student
     bridges.json   metrics
 
-Names in it stay as they are; whatever else lies in the folder (logs, checkpoints) is not needed to load it.
+The dense model's name in dense.json is a path from the folder where it is a folder itself, so that both can be moved
+together. Names in it stay as they are; whatever else lies in the folder (logs, checkpoints) is not needed to load it.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bridges.maps import Bridges, check_bridges
-from distill.artifact import ArtifactError, read_json, write_json
+from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, read_json, write_json
 from distill.data.sample import save_sample
 from distill.model.load import load_model
 from distill.model.run import Runnable
@@ -36,7 +38,7 @@ class DenseRecord:
     """Which dense model a student was fitted to."""
 
     name: str
-    """Path or hub name it was loaded by."""
+    """Path or hub name to load it by: in memory as seen from the working folder, in a file from the file's folder."""
     fingerprint: str
     """SHA-256 (hex) of its configuration and weights."""
     n_layer: int
@@ -56,6 +58,23 @@ class DenseRecord:
             d_model=dense.d_model,
             vocab_size=dense.vocab_size,
         )
+
+    def stored(self, folder: Path) -> dict[str, Any]:
+        """The fields as a file in `folder` holds them: the name of a model folder as the path from there."""
+        path = Path(self.name)
+        name = os.path.relpath(path.resolve(), folder.resolve()) if path.is_dir() else self.name
+        return {**asdict(self), "name": name}
+
+    def found_from(self, folder: Path) -> "DenseRecord":
+        """The record that a file in `folder` holds, with the path of the model as seen from anywhere.
+
+        A name that leads to no model folder from there (a short name, one of a hub, a path from the working folder)
+        stays as it is.
+        """
+        path = folder / self.name
+        if not any((place / "config.json").is_file() for place in (path, path / MODEL)):
+            return self
+        return replace(self, name=str(path.resolve()))
 
     def check(self, dense: Runnable, name: str = "the model given") -> None:
         """`BridgeMismatchError` naming both unless `dense`, known as `name`, is the model of the record."""
@@ -82,6 +101,18 @@ class BridgedInfo:
     metrics: Mapping[str, Any]
     """As `bridge_metrics` returned them."""
 
+    @property
+    def source(self) -> str:
+        """What `load_model` finds the dense model by: a path, a short name or one of a hub."""
+        return self.dense.name
+
+
+def check_place(folder: Path) -> None:
+    """`ArtifactError` where `save_bridged` would not replace the student in `folder`: it has no manifest."""
+    model = folder / MODEL
+    if model.is_dir() and any(model.iterdir()) and not (model / MANIFEST).is_file():
+        raise ArtifactError(f"{model}: will not be overwritten, it holds no {MANIFEST}; allowed is another folder")
+
 
 def save_bridged(
     folder: str | Path,
@@ -93,30 +124,40 @@ def save_bridged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     compact: bool = False,
     sample: Int[Tensor, "n T1"] | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
     """Write student, bridges, the dense model's record and the metrics into `folder`, over what is there.
+
+    The student appears whole or not at all, and replaces only one that has a manifest.
 
     Arguments:
         tokenizer: saved beside the student.
         compact: leave the student's zeros out of its file (`SparseTransformer.save_compact`).
         sample: held-out windows to keep beside the student.
+        provenance: how the student was made, for its manifest; None where that is not known.
+
+    Raises `ArtifactError` where a folder model/ without a manifest is in the way.
     """
     folder = Path(folder)
     model = folder / MODEL
-    model.mkdir(parents=True, exist_ok=True)
-    if compact:
-        student.save_compact(model)
-    else:
-        student.save_pretrained(model)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(model)
-    if sample is not None:
-        save_sample(model, sample, vocab_size=student.vocab_size)
+    if provenance is None:
+        described = {"student": dict(student.describe())}
+        provenance = Provenance(kind="model", command="bridges.save_bridged", config=described, seed=None, data=None)
+    check_place(folder)
+    with fresh_folder(model, replace(provenance, kind="model"), replace=True) as place:
+        if compact:
+            student.save_compact(place)
+        else:
+            student.save_pretrained(place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        if sample is not None:
+            save_sample(place, sample, vocab_size=student.vocab_size)
     bridges.save(folder / BRIDGES)
     # Of what was written, not of what is in memory: a compact file may round.
     written = load_model(model).fingerprint()
     write_json(folder / METRICS_FILE, metrics)
-    write_json(folder / DENSE, {**asdict(dense), "student": written})
+    write_json(folder / DENSE, {**dense.stored(folder), "student": written})
 
 
 def load_bridged(
@@ -139,8 +180,8 @@ def load_bridged(
         raise ArtifactError(f"{folder}: {DENSE} and {METRICS_FILE} must each hold a JSON object")
     fingerprint = known.pop("student", None)
     try:
-        record = DenseRecord(**known)
-    except TypeError as error:
+        record = DenseRecord(**known).found_from(folder)
+    except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / DENSE}: does not say which dense model it is: {error}") from None
     if dense is not None:
         record.check(dense, dense_name)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridges.folder import DENSE, MODEL, load_bridged
+from bridges.folder import DENSE, MODEL, load_bridged, save_bridged
 from bridges.maps import Bridges
-from distill.circuits.subject import Subject, load_subject
+from distill.artifact import Provenance, fresh_folder, read_manifest
+from distill.circuits.subject import MEANS_FILE, Subject, load_subject
 from distill.model.load import SHIPPED
 
 NO_BRIDGE = "none"
@@ -47,8 +48,42 @@ def load_lineup(
     if not (folder / MODEL).is_dir() or not (folder / DENSE).is_file():
         raise ValueError(f"bridge: {bridge} holds no student; allowed are folders by fit_bridges, or {NO_BRIDGE}")
     _, bridges, info = load_bridged(folder)
-    teacher = load_subject(info.dense.name, name=TEACHER, corpus=corpus, device=device)
-    info.dense.check(teacher.model, info.dense.name)
     student = load_subject(folder / MODEL, name=STUDENT, corpus=corpus, device=device)
+    # A dense model that somebody else trained brings no text; the student's is of the same tokenizer.
+    teacher = load_subject(info.source, name=TEACHER, sample=student.sample, device=device)
+    info.dense.check(teacher.model, info.dense.name)
     model = bridges.to(next(student.model.parameters()).device)
     return Lineup(subjects=[*subjects, teacher, student], bridges=model)
+
+
+def ship_bridged(folder: Path, out: Path) -> Path:
+    """Copies what `fit_bridges` made to `out`, without checkpoints, the student's ablation values beside it.
+
+    ArtifactError for a folder that is not whole.
+    """
+    student, bridges, info = load_bridged(folder)
+    made = read_manifest(folder, "bridge")
+    known = made["provenance"]
+    provenance = Provenance(
+        kind="bridge",
+        command=known["command"],
+        config=known["config"],
+        seed=known["seed"],
+        data=known["data"],
+        extra={**known["extra"], "made": made["created"], "made_with": made["versions"]},
+    )
+    subject = load_subject(folder / MODEL, name=STUDENT)
+    with fresh_folder(out, provenance, replace=True) as place:
+        save_bridged(
+            place,
+            student,
+            bridges,
+            info.dense,
+            info.metrics,
+            tokenizer=subject.tokenizer,
+            compact=True,
+            sample=subject.sample,
+            provenance=provenance,
+        )
+        subject.means.save(place / MODEL / MEANS_FILE)
+    return out

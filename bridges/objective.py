@@ -67,6 +67,8 @@ class BridgeConfig:
     def __post_init__(self) -> None:
         for name in ("ce", "kl", "nmse", "kl_d2s", "kl_s2d"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite numbers from 0")
+        terms = (self.ce, self.kl, self.nmse, self.kl_d2s, self.kl_s2d)
+        self._require("ce", any(terms), "numbers above 0 where kl, nmse, kl_d2s and kl_s2d are 0 too")
         self._require("k_fraction", 0 < self.k_fraction <= 1, "above 0, up to 1")
         for name in ("sites", "nmse_sites"):
             self._require(name, getattr(self, name) in ("sample", "all"), "sample, all")

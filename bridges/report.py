@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from bridges.compare import DENSE, SPARSE, Comparison
 from distill.artifact import Provenance, fresh_folder, write_json
@@ -40,15 +38,20 @@ def table(record: Mapping[str, Any]) -> str:
     for task, row in record["tasks"].items():
         for name in record["models"]:
             lines.append(_line(_cells(task, name, row)))
-            if row[name]["reason"]:
-                lines.append(f"{'':24}{row[name]['reason']}")
+            if note := row[name]["reason"] or row[name].get("label"):
+                lines.append(f"{'':24}{note}")
     return "\n".join([*lines, "", *summary(record), *bridge_lines(record)])
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
     """What the comparison comes to, in sentences."""
     counted = record["tasks_counted"]
-    lines = [f"objective: {record['objective']} (task loss, everything else at its mean); losses in nats, chance 0.693"]
+    lines = []
+    if record["matched"]:
+        gap, holds = record["matched"]["gap"], record["matched"]["holds"]
+        lines.append(f"held-out loss of dense against sparse: {gap:+.1%}, {'matched' if holds else 'NOT matched'} (1%)")
+    lines += [f"{task} is left out of the ratio: {reason}" for task, reason in record["left_out"].items()]
+    lines += [f"objective: {record['objective']} (task loss, all else at its mean); losses in nats, chance 0.693"]
     if not counted:
         return [*lines, "no task counts for the ratio: none is met by both circuits and needs a circuit in both models"]
     return [
@@ -98,7 +101,10 @@ def _line(cells: Sequence[str]) -> str:
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Edges and nodes per task and model as bars, and what taking the circuit out does."""
     tasks, models = list(record["tasks"]), list(record["models"])
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    # Without pyplot: importing this module must not change how a notebook draws.
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
     for axis, key, title in zip(
         axes,
         ("edges_induced", "nodes", "loss_without_circuit"),
@@ -124,7 +130,6 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     axes[2].set_xlabel("black mark: random nodes taken out instead; dotted: chance")
     axes[0].legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def page_of(comparison: Comparison, subjects: Sequence[Subject], figure: bytes, title: str) -> str:
@@ -173,8 +178,8 @@ def _html_table(record: Mapping[str, Any]) -> str:
         for name in record["models"]:
             kind = " class=pair" if name in (SPARSE, DENSE) else ""
             rows.append(f"<tr{kind}>" + "".join(f"<td>{_e(cell)}</td>" for cell in _cells(task, name, row)) + "</tr>")
-            if row[name]["reason"]:
-                rows.append(f"<tr><td colspan={len(COLUMNS)} class=reason>{_e(row[name]['reason'])}</td></tr>")
+            if note := row[name]["reason"] or row[name].get("label"):
+                rows.append(f"<tr><td colspan={len(COLUMNS)} class=reason>{_e(note)}</td></tr>")
     losses = "".join(
         f"<tr><td>{_e(name)}</td><td>{model['heldout_loss']:.3f}</td><td>{model['weights']:,}</td>"
         f"<td>{model['density']:.2%}</td><td>{model['nodes']:,}</td></tr>"

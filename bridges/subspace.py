@@ -5,17 +5,19 @@
 3. `residual_means`: what the dense model's stream is on average, so that a deviation from it can be split.
 4. `subspace_test`: sufficiency keeps only the part of the deviation in B_i, necessity removes it, at one site at a time
    and at all sites at once; the task loss of the dense model is the outcome.
-5. `random_subspaces`: controls. Any other family of subspaces (images of random channels, principal components, an
-   unrelated student's bridges) can be handed in instead: a control is just another set of bases.
+5. `random_subspaces` and `principal_subspaces`: controls. Any other (images of random channels, an unrelated student's
+   least-squares bridges) can be handed in: a control is one more set of bases.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -31,11 +33,15 @@ ALL = "all"
 LARGEST_SHARE = 0.5
 """dim(B) / D above which a test says nothing."""
 CHANCE_LEVEL = 0.05
-"""Share of controls that may do as well as B for it to count as above chance."""
+"""Largest p at which B counts as above chance; it takes 19 controls to get there."""
+RANDOM = "random"
+"""Family of controls: random subspaces."""
+TOKENS_AT_ONCE = 4096
+"""Tokens in one pass over several control sets: more no longer fit into a CPU's cache, and take longer."""
 
-Bases = Mapping[str, Float[Tensor, "D dim"]]
-"""An orthonormal basis of a subspace of the dense stream, by residual site."""
-Test = Literal["sufficiency", "necessity"]
+Bases = Mapping[str, Float[Tensor, "D _"]]
+"""An orthonormal basis (D, dim) of a subspace of the dense stream, by residual site."""
+Test = Literal["sufficiency", "necessity", "encode_mask_decode"]
 
 
 # --- the subspace of a circuit ---------------------------------------------------------------------------------------
@@ -90,27 +96,47 @@ def bridged_subspace(
     return bases
 
 
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
 def random_subspaces(
     bases: Bases, means: "ResidualMeans", n: int, *, seed: int, matched: bool = True
 ) -> Iterator[dict[str, Tensor]]:
     """Controls: `n` sets of random subspaces, of the dimensions of `bases`.
+
+    Each set is the whole of `bases` turned by one random rotation, so that its subspaces overlap across sites as those
+    of `bases` do: what independent ones keep at one site they lose at the next, and would be beaten by anything.
 
     Arguments:
         bases: what they are controls for.
         means: of the dense model, with its covariance.
         n: 20 for a quick look, 100 for a result.
         seed: of the draw.
-        matched: draw directions so that a subspace holds as much of the stream's variance as the one in `bases`, by
-            Gaussians of covariance Sigma^a with a chosen per site; else isotropic, which holds far less.
+        matched: stretch the stream's axes by a power of its covariance, chosen per site, so that a subspace holds as
+            much of the stream's variance as the one in `bases`; else isotropic, which holds far less.
     """
     generator = torch.Generator().manual_seed(seed)
     scales = {site: _directions(basis, means.covariance[site], generator, matched) for site, basis in bases.items()}
+    width = max((len(basis) for basis in bases.values()), default=0)
     for _ in range(n):
-        drawn = {}
-        for site, basis in bases.items():
-            gaussian = torch.randn(basis.shape, generator=generator, dtype=torch.float64)
-            drawn[site] = torch.linalg.qr(scales[site] @ gaussian).Q.to(basis)
-        yield drawn
+        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        # With these signs all rotations are equally likely.
+        rotation = q * r.diagonal().sign()
+        yield {
+            site: torch.linalg.qr(scales[site] @ (rotation @ basis.double().cpu())).Q.to(basis)
+            for site, basis in bases.items()
+        }
+
+
+def principal_subspaces(bases: Bases, means: "ResidualMeans") -> dict[str, Tensor]:
+    """The subspaces of the dimensions of `bases` that hold most of the stream's variance."""
+    return {
+        # Eigenvalues come in rising order.
+        site: torch.linalg.eigh(means.covariance[site].double().cpu())
+        .eigenvectors[:, len(basis) - basis.shape[1] :]
+        .to(basis)
+        for site, basis in bases.items()
+    }
 
 
 def variance_share(basis: Float[Tensor, "D dim"], covariance: Float[Tensor, "D D"]) -> float:
@@ -134,7 +160,7 @@ def _directions(basis: Tensor, covariance: Tensor, generator: torch.Generator, m
         span = torch.linalg.qr(values.pow(power / 2)[:, None] * gaussian).Q
         held = float((values[:, None] * span.square()).sum() / values.sum())
         low, high = (power, high) if held < target else (low, power)
-    return vectors * values.pow((low + high) / 4)
+    return (vectors * values.pow((low + high) / 4)) @ vectors.T
 
 
 # --- the dense model's average stream --------------------------------------------------------------------------------
@@ -151,27 +177,45 @@ class ResidualMeans:
     protect_first: bool
     """Whether position 0 is never touched, as the norm there exceeds 10 times the median."""
 
+    encoded: Mapping[str, Tensor] = field(default_factory=dict)
+    """Mean of what the encoders make of the stream, by residual site, (1, S) or (T, S); empty without bridges."""
+
     def at(self, site: str, length: int) -> Float[Tensor, "rows D"]:
         """The means for a run over `length` tokens. `ValueError` where means per position do not reach so far."""
-        value = self.values[site]
-        if value.shape[0] == 1:
-            return value
-        if length > value.shape[0]:
-            raise ValueError(
-                f"length: {length} tokens, but the residual means were measured up to {value.shape[0]}; "
-                "measure them on longer windows"
-            )
-        return value[:length]
+        return _reach(self.values[site], length)
+
+    def encoded_at(self, site: str, length: int) -> Float[Tensor, "rows S"]:
+        """The means of the encoded stream, as `at`. `ValueError` where they were not measured."""
+        if site not in self.encoded:
+            raise ValueError(f"means: {site!r} has no mean of its encoder, allowed are means measured with bridges")
+        return _reach(self.encoded[site], length)
+
+
+def _reach(value: Tensor, length: int) -> Tensor:
+    if value.shape[0] == 1:
+        return value
+    if length > value.shape[0]:
+        raise ValueError(
+            f"length: {length} tokens, but the residual means were measured up to {value.shape[0]}; "
+            "measure them on longer windows"
+        )
+    return value[:length]
 
 
 @torch.no_grad()
 def residual_means(
-    model: Runnable, windows: Int[Tensor, "n T"], *, per_position: bool | None = None, batch: int = 8
+    model: Runnable,
+    windows: Int[Tensor, "n T"],
+    *,
+    bridges: Bridges | None = None,
+    per_position: bool | None = None,
+    batch: int = 8,
 ) -> ResidualMeans:
     """Mean and covariance of the residual stream at every residual site, over windows and tokens.
 
     Arguments:
         windows: token ids of pretraining text.
+        bridges: from this model; the means of their encoders are measured as well.
         per_position: one mean per position; none: for models with learned positions.
         batch: windows per pass.
 
@@ -183,25 +227,33 @@ def residual_means(
     totals: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
+    codes: dict[str, Tensor] = {}
     with evaluating(model):
         for part in batches(windows, batch, model):
             for site, stream in recorded(model, part)[1].items():
                 rows = stream.double()
-                for sums, value in (
-                    (totals, rows.sum(0)),
-                    (products, torch.einsum("btc,btd->cd", rows, rows)),
-                    (norms, rows.norm(dim=-1).sum(0)),
-                ):
-                    sums[site] = sums[site] + value if site in sums else value
+                _add(totals, site, rows.sum(0))
+                _add(products, site, torch.einsum("btc,btd->cd", rows, rows))
+                _add(norms, site, rows.norm(dim=-1).sum(0))
+                if bridges is not None:
+                    _add(codes, site, bridges.encode(site, stream).double().sum(0))
     n, length = windows.shape
+    means, encoded = (
+        {site: total / n if split else total.sum(0, keepdim=True) / (n * length) for site, total in sums.items()}
+        for sums in (totals, codes)
+    )
     # Around means per position, or around the one mean: E[x x^T] - E[mean mean^T].
-    means = {site: total / n if split else total.sum(0, keepdim=True) / (n * length) for site, total in totals.items()}
     covariance = {site: products[site] / (n * length) - mean.T @ mean / len(mean) for site, mean in means.items()}
     return ResidualMeans(
         values={site: mean.float() for site, mean in means.items()},
         covariance={site: value.float() for site, value in covariance.items()},
         protect_first=any(float(norm[0]) > SINK_RATIO * float(norm.median()) for norm in norms.values()),
+        encoded={site: mean.float() for site, mean in encoded.items()},
     )
+
+
+def _add(sums: dict[str, Tensor], site: str, value: Tensor) -> None:
+    sums[site] = sums[site] + value if site in sums else value
 
 
 # --- the test --------------------------------------------------------------------------------------------------------
@@ -212,7 +264,8 @@ class SubspaceTest:
     """Outcome of one intervention on the dense model, at one residual site or at all."""
 
     test: Test
-    """Whether only the part in the subspace was kept (sufficiency), or that part was removed (necessity)."""
+    """Whether only the part in the subspace was kept (sufficiency), that part was removed (necessity), or the stream
+    went through the encoder, the circuit's channels and the decoder (encode_mask_decode)."""
     site: str
     """Residual site, or "all"."""
     dimension: int
@@ -227,53 +280,87 @@ class SubspaceTest:
     """Task loss of the model left alone, in nats."""
     loss_empty: float
     """Task loss with the whole stream at its mean there, in nats."""
-    controls: tuple[float, ...]
-    """Task losses under the same intervention with the control subspaces, in nats."""
+    controls: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Task losses under the same intervention with controls, in nats, by family of controls."""
+    other: Mapping[str, float] = field(default_factory=dict)
+    """Task losses with single other sets of subspaces, in nats, by name: for reading, no part of the verdict."""
+    ceiling: float | None = None
+    """Task loss through encoder and decoder with all channels, in nats; None for the other tests."""
     protect_first: bool
     """Whether position 0 was left alone."""
 
     @property
-    def as_good(self) -> float | None:
-        """Share of the controls that do at least as well as the subspace; None without controls."""
-        if not self.controls:
-            return None
-        sign = 1.0 if self.test == "sufficiency" else -1.0
-        return sum(sign * control <= sign * self.loss for control in self.controls) / len(self.controls)
+    def p(self) -> dict[str, float]:
+        """(1 + controls that do at least as well) / (1 + controls), in (0, 1], by family that has any controls."""
+        sign = -1.0 if self.test == "necessity" else 1.0
+        return {
+            family: (1 + sum(sign * loss <= sign * self.loss for loss in losses)) / (1 + len(losses))
+            for family, losses in self.controls.items()
+            if losses
+        }
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """By family: "says nothing" (subspace too large), "too few controls", "above chance" or "at chance"."""
+        found = {}
+        for family, p in self.p.items():
+            if self.share > LARGEST_SHARE:
+                found[family] = "says nothing"
+            elif 1 / (1 + len(self.controls[family])) > CHANCE_LEVEL:
+                found[family] = "too few controls"
+            else:
+                found[family] = "above chance" if p <= CHANCE_LEVEL else "at chance"
+        return found
 
     @property
     def verdict(self) -> str:
-        """ "says nothing" (subspace too large), "no controls", "above chance" or "at chance"."""
+        """As in `verdicts`, or "no controls"; above chance only where that is so against every family."""
         if self.share > LARGEST_SHARE:
             return "says nothing"
-        if self.as_good is None:
-            return "no controls"
-        return "above chance" if self.as_good <= CHANCE_LEVEL else "at chance"
+        found = set(self.verdicts.values())
+        return next((one for one in ("at chance", "too few controls", "above chance") if one in found), "no controls")
 
     def to_json(self) -> dict[str, object]:
-        """All of it as plain JSON values."""
-        return {**vars(self), "controls": list(self.controls), "as_good": self.as_good, "verdict": self.verdict}
+        """All of it as plain JSON values: `controls` holds the random subspaces, `families` all other families."""
+        return {
+            **vars(self),
+            "controls": list(self.controls.get(RANDOM, ())),
+            "families": {family: list(losses) for family, losses in self.controls.items() if family != RANDOM},
+            "other": dict(self.other),
+            "p": self.p,
+            "verdicts": self.verdicts,
+            "verdict": self.verdict,
+        }
 
     def line(self) -> str:
         """One line for a person."""
-        controls = f", controls {np.median(self.controls):.3f}" if self.controls else ""
+        medians = [f", {family} {np.median(losses):.3f}" for family, losses in self.controls.items() if losses]
+        others = [f", {name} {loss:.3f}" for name, loss in self.other.items()]
+        ceiling = "" if self.ceiling is None else f", all channels {self.ceiling:.3f}"
         return (
             f"{self.test} at {self.site}: dim {self.dimension} ({self.share:.0%} of D), loss {self.loss:.3f} "
-            f"(model {self.loss_full:.3f}, mean {self.loss_empty:.3f}{controls}): {self.verdict}"
+            f"(model {self.loss_full:.3f}, mean {self.loss_empty:.3f}{ceiling}{''.join(medians + others)}): "
+            f"{self.verdict}"
         )
 
 
 class SubspaceTap:
-    """Keeps, or removes, the part of the stream's deviation from the mean that lies in a subspace, at some sites."""
+    """Keeps, or removes, the part of the stream's deviation from the mean that lies in a subspace, at some sites.
 
-    def __init__(self, bases: Bases, means: ResidualMeans, test: Test) -> None:
+    A basis (D, dim) serves the whole batch; of bases (C, D, dim), each serves one stretch of B / C rows.
+    """
+
+    def __init__(self, bases: Mapping[str, Tensor], means: ResidualMeans, test: Test) -> None:
         self.bases, self.means, self.test = bases, means, test
 
     def __call__(self, site: str, x: Tensor, /) -> Tensor:
         if site not in self.bases:
             return x
         basis = self.bases[site].to(x)
+        basis = basis if basis.dim() == 3 else basis[None]
         mean = self.means.at(site, x.shape[1]).to(x)
-        inside = ((x - mean) @ basis) @ basis.T
+        deviation = (x - mean).reshape(len(basis), -1, x.shape[-1])
+        inside = (deviation @ basis @ basis.mT).reshape(x.shape)
         out = mean + inside if self.test == "sufficiency" else x - inside
         return torch.cat([x[:, :1], out[:, 1:]], 1) if self.means.protect_first else out
 
@@ -285,7 +372,9 @@ def subspace_test(
     bases: Bases,
     means: ResidualMeans,
     *,
-    controls: Iterable[Bases] = (),
+    controls: Mapping[str, Iterable[Bases]] | None = None,
+    other: Mapping[str, Bases] | None = None,
+    each_site: bool = False,
     tests: tuple[Test, ...] = ("sufficiency", "necessity"),
 ) -> list[SubspaceTest]:
     """Both tests at each site of `bases` and at all of them together, on one batch of a task's prompts.
@@ -295,29 +384,35 @@ def subspace_test(
         batch: encoded prompts of the task.
         bases: the subspaces, by site.
         means: of the dense model.
-        controls: other subspaces, by the same sites; consumed once, one at a time.
-        tests: which of the two.
+        controls: by family, sets of other subspaces at the same sites; each family is consumed once.
+        other: by name, single sets of subspaces to read the loss against.
+        each_site: hold the controls against every single site too, not only against all sites together.
+        tests: which of sufficiency and necessity.
 
     Returns one record per test and site, in the order of the run, "all" last.
-    Raises `ValueError` for prompts longer than the means, and controls without one of the sites.
+    Raises `ValueError` for prompts longer than the means, and a control or other set without one of the sites.
     """
     batch = batch.to(next(dense.parameters()).device)
     places: list[tuple[str, ...]] = [(site,) for site in bases]
     if len(bases) > 1:
         places.append(tuple(bases))
     cases: list[tuple[Test, tuple[str, ...]]] = [(test, sites) for test in tests for sites in places]
+    held_against = cases if each_site else [case for case in cases if case[1] in places[-1:]]
+    others = list((other or {}).values())
+    _check_sites(bases, others, "other")
     with evaluating(dense):
         streams = recorded_streams(dense, batch)
-        full = _loss(dense, batch, streams, bases, means, None, ())
-        empty = {name: basis[:, :0] for name, basis in bases.items()}
-        emptied = {sites: _loss(dense, batch, streams, empty, means, "sufficiency", sites) for sites in places}
-        losses = {case: _loss(dense, batch, streams, bases, means, *case) for case in cases}
-        drawn: dict[tuple[Test, tuple[str, ...]], list[float]] = {case: [] for case in cases}
-        for control in controls:
-            if missing := set(bases) - set(control):
-                raise ValueError(f"controls: one has no subspace at {min(missing)!r}, allowed are those with all sites")
-            for case in cases:
-                drawn[case].append(_loss(dense, batch, streams, control, means, *case))
+        full = task_losses(dense, batch, FINAL_SITE, streams[FINAL_SITE])[0]
+        empty = {site: basis[:, :0] for site, basis in bases.items()}
+        emptied = {sites: _losses(dense, batch, streams, [empty], means, "sufficiency", sites)[0] for sites in places}
+        losses = {case: _losses(dense, batch, streams, [bases, *others], means, *case) for case in cases}
+        drawn: dict[str, dict[tuple[Test, tuple[str, ...]], list[float]]] = {}
+        for family, sets in (controls or {}).items():
+            drawn[family] = {case: [] for case in held_against}
+            for some in _chunks(sets, max(1, TOKENS_AT_ONCE // batch.tokens.numel())):
+                _check_sites(bases, some, "controls")
+                for case in held_against:
+                    drawn[family][case] += _losses(dense, batch, streams, some, means, *case)
     held = {site: variance_share(basis, means.covariance[site]) for site, basis in bases.items()}
     return [
         SubspaceTest(
@@ -326,10 +421,11 @@ def subspace_test(
             dimension=max(bases[site].shape[1] for site in sites),
             share=max(bases[site].shape[1] for site in sites) / dense.d_model,
             variance=max(held[site] for site in sites),
-            loss=losses[test, sites],
+            loss=losses[test, sites][0],
             loss_full=full,
             loss_empty=emptied[sites],
-            controls=tuple(drawn[test, sites]),
+            controls={family: tuple(found.get((test, sites), ())) for family, found in drawn.items()},
+            other=dict(zip(other or {}, losses[test, sites][1:], strict=True)),
             protect_first=means.protect_first,
         )
         for test, sites in cases
@@ -341,24 +437,54 @@ def recorded_streams(model: Runnable, batch: TaskBatch) -> dict[str, Tensor]:
     return recorded(model, batch.tokens)[1]
 
 
-def _loss(
+def task_losses(
+    model: Runnable, batch: TaskBatch, start: str, residual: Float[Tensor, "CB T D"], tap: Tap | None = None
+) -> list[float]:
+    """Task losses in nats, mean over prompts, of C runs side by side that start at a site.
+
+    Arguments:
+        batch: B prompts, on the device of the model.
+        start: residual site. residual: the stream there, C times the B prompts, one run after the other.
+        tap: for the rest of the run.
+    """
+    count = len(residual) // len(batch)
+    wide = batch.select(torch.arange(len(batch), device=residual.device).repeat(count))
+    # Prompts are padded on the right and attention is causal: padding is out of reach of the last token.
+    final = model.run(wide.tokens, tap=tap, start=start, residual=residual, stop=FINAL_SITE)
+    rows = torch.arange(len(wide), device=final.device)
+    logits = model.readout(final[rows, wide.last], wide.tokens[rows, wide.last])
+    return task_loss(logits, wide).view(count, -1).mean(1).tolist()
+
+
+def _losses(
     model: Runnable,
     batch: TaskBatch,
     streams: Mapping[str, Tensor],
-    bases: Bases,
+    sets: Sequence[Bases],
     means: ResidualMeans,
-    test: Test | None,
+    test: Test,
     sites: tuple[str, ...],
-) -> float:
-    """Task loss with the intervention at `sites`; the run starts at the first of them."""
-    start = sites[0] if sites else FINAL_SITE
-    tap: Tap | None = None
-    residual = streams[start]
-    if test is not None:
-        tap = SubspaceTap({site: bases[site] for site in sites}, means, test)
-        residual = tap(start, residual)
-    # Prompts are padded on the right and attention is causal: padding is out of reach of the last token.
-    final = model.run(batch.tokens, tap=tap, start=start, residual=residual, stop=FINAL_SITE)
-    rows = torch.arange(len(batch), device=final.device)
-    logits = model.readout(final[rows, batch.last], batch.tokens[rows, batch.last])
-    return float(task_loss(logits, batch).mean())
+) -> list[float]:
+    """Task loss with each set of subspaces at `sites`; the runs start at the first of them."""
+    stacks = {site: _stack([bases[site] for bases in sets]) for site in sites}
+    tap = SubspaceTap(stacks, means, test)
+    residual = tap(sites[0], streams[sites[0]].repeat(len(sets), 1, 1))
+    return task_losses(model, batch, sites[0], residual, tap)
+
+
+def _stack(bases: Sequence[Tensor]) -> Float[Tensor, "C D dim"]:
+    """Bases of any dimensions in one tensor: a column of zeros adds nothing to a subspace."""
+    widest = max(basis.shape[1] for basis in bases)
+    return torch.stack([F.pad(basis, (0, widest - basis.shape[1])) for basis in bases])
+
+
+def _check_sites(bases: Bases, sets: Sequence[Bases], field: str) -> None:
+    for one in sets:
+        if missing := set(bases) - set(one):
+            raise ValueError(f"{field}: one has no subspace at {min(missing)!r}, allowed are those with all sites")
+
+
+def _chunks(sets: Iterable[Bases], size: int) -> Iterator[list[Bases]]:
+    rest = iter(sets)
+    while some := list(islice(rest, size)):
+        yield some

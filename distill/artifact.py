@@ -98,7 +98,7 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    _check_free(path, provenance.kind, replace)
+    check_free(path, provenance.kind, replace=replace)
     partial = _partial(path)
     try:
         partial.mkdir()
@@ -114,7 +114,7 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
         for folder, _, names in os.walk(partial):
             for entry in (*(Path(folder) / name for name in names), Path(folder)):
                 _sync(entry)
-        _check_free(path, provenance.kind, replace)
+        check_free(path, provenance.kind, replace=replace)
         if path.exists():
             _exchange(partial, path)
         else:
@@ -174,7 +174,7 @@ def remove_folder(path: str | Path, kind: str) -> None:
     """Delete an artifact of this kind (for `--overwrite`). Raises `ArtifactError` for anything else, untouched."""
     path = Path(path).resolve()
     if path.exists():
-        _check_free(path, kind, replace=True)
+        check_free(path, kind, replace=True)
         aside = _partial(path)
         os.rename(path, aside)  # one step: a kill midway leaves a partial, never half an artifact
         shutil.rmtree(aside)
@@ -198,8 +198,9 @@ def make_way(path: str | Path, kind: str, *, resume: bool, overwrite: bool) -> N
         raise ArtifactError(f"out: {path} is there already; allowed are a new folder, --resume or --overwrite")
 
 
-def _check_free(path: Path, kind: str, replace: bool) -> None:
+def check_free(path: str | Path, kind: str, *, replace: bool) -> None:
     """Refuse a path that is taken; with `replace`, one that is not an earlier artifact of this kind."""
+    path = Path(path)
     if not path.exists():
         return
     if not replace:

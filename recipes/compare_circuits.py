@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bridges import CompareConfig, add_subspaces, compare, load_lineup, table, write_report
 from distill import command, load_task, task_names
-from distill.artifact import Provenance, default_out
+from distill.artifact import Provenance, check_free, default_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,13 @@ class Options:
 
 def compare_circuits(options: Options) -> None:
     """Load the models, prune, judge, print, save."""
+    check_free(options.out, "report", replace=True)
     tasks = [load_task(name) for name in options.task]
     config = replace(options.config, prune=replace(options.config.prune, target=options.target, seed=options.seed))
     lineup = load_lineup(options.model, options.dense, options.bridge, corpus=options.corpus, device=options.device)
     comparison = add_subspaces(compare(lineup.subjects, tasks, config), lineup, tasks, config)
     provenance = Provenance(
-        kind="report", command="recipes/compare_circuits.py", config=asdict(config), seed=options.seed, data=None
+        kind="report", command="recipes/compare_circuits.py", config=asdict(options), seed=options.seed, data=None
     )
     write_report(comparison, lineup.subjects, options.out, provenance, "Circuits, sparse and dense")
     print(table(comparison.record))

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from bridges import BridgeConfig, StudentConfig, fit_bridges, line_of
 from distill import command, load_model, load_tokenizer, prepare
-from distill.artifact import default_out, make_way
+from distill.artifact import default_out
 from distill.model import SparseTransformer, check_tokenizer
 from distill.training import TrainConfig, plan
+from distill.training.pretrain import check_way
 
 LAPTOP = TrainConfig(context=128, batch=8, kept=1 / 16, steps=4000, learning_rate=0.04, dense_rate=0.05)
 PRESETS = {
@@ -48,7 +49,7 @@ class Options:
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
     overwrite: bool = False
-    """Delete an earlier run in the folder first."""
+    """Replace an earlier run in the folder, and its packed corpus where that is another one."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -63,10 +64,9 @@ def fit(options: Options) -> None:
     print(plan(student, config))
     if options.dry_run:
         return
-    make_way(options.out, "bridge", resume=options.resume, overwrite=options.overwrite)
-    data = prepare(
-        options.corpus, options.out.with_name(options.out.name + ".tokens"), tokenizer=tokenizer, seed=options.seed
-    )
+    check_way(options.out, "bridge", resume=options.resume, overwrite=options.overwrite)
+    tokens = options.out.with_name(options.out.name + ".tokens")
+    data = prepare(options.corpus, tokens, tokenizer=tokenizer, seed=options.seed, replace=options.overwrite)
     done = fit_bridges(
         dense,
         student,
@@ -77,6 +77,7 @@ def fit(options: Options) -> None:
         dense_name=options.dense,
         tokenizer=tokenizer,
         resume=options.resume,
+        overwrite=options.overwrite,
         command="recipes/fit_bridges.py",
     )
     print(line_of(done.metrics))

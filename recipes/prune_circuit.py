@@ -4,8 +4,8 @@
     python recipes/prune_circuit.py --model runs/sparse --task bracket_counting my_task.jsonl --target 0.1
 
 The model is a folder, a shipped model's short name (sparse, dense, dense_gpt2, student) or a hub name. Each task gives
-a file {task}.{model}.circuit.safetensors and {task}.{model}.json with nodes, edges and losses. A task is a built-in one
-or a JSONL file of pairs. Expect some 10 seconds a circuit on two cores for the shipped models.
+a file {task}.{model}.circuit.safetensors; comparison.json and index.html list losses, nodes and edges. A task is a
+built-in one or a JSONL file of pairs. Expect some 10 seconds a circuit on two cores for the shipped models.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bridges import CompareConfig, compare, table, write_report
 from distill import command
-from distill.artifact import Provenance, default_out
+from distill.artifact import Provenance, check_free, default_out
 from distill.circuits import PruneConfig, load_subject, load_task
 
 
@@ -42,12 +42,13 @@ class Options:
 
 def prune_circuit(options: Options) -> None:
     """Load, prune, judge, save, print."""
+    check_free(options.out, "report", replace=True)
     tasks = [load_task(name) for name in options.task]
     subject = load_subject(options.model, corpus=options.corpus, device=options.device)
     config = CompareConfig(prune=replace(options.prune, target=options.target, seed=options.seed))
     comparison = compare([subject], tasks, config)
     provenance = Provenance(
-        kind="report", command="recipes/prune_circuit.py", config=asdict(config), seed=options.seed, data=None
+        kind="report", command="recipes/prune_circuit.py", config=asdict(options), seed=options.seed, data=None
     )
     write_report(comparison, [subject], options.out, provenance, f"Circuits of {subject.name}")
     print(table(comparison.record))

@@ -15,14 +15,15 @@ from pathlib import Path
 
 from bridges import CompareConfig, add_subspaces, compare, load_lineup, table, train_lineup, write_report
 from distill import command, load_task
-from distill.artifact import Provenance, default_out
+from distill.artifact import Provenance, check_free, default_out
+from distill.model.load import SHIPPED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of quickstart."""
 
-    task: tuple[str, ...] = ("single_double_quote", "bracket_counting", "for_while")
+    task: tuple[str, ...] = ("single_double_quote", "for_while", "if_equals", "while_return_true")
     """Tasks by name, or JSONL files."""
     from_scratch: bool = False
     """Train all models here instead of taking the shipped ones."""
@@ -40,15 +41,17 @@ class Options:
 
 def quickstart(options: Options) -> None:
     """Get the models, prune, judge, print, save."""
+    check_free(options.out, "report", replace=True)
     tasks = [load_task(name) for name in options.task]
     config = replace(options.config, prune=replace(options.config.prune, target=options.target, seed=options.seed))
     if options.from_scratch:
         lineup = train_lineup(options.out.with_name(options.out.name + ".models"), seed=options.seed)
     else:
-        lineup = load_lineup("sparse", "dense", "student", device=options.device)
+        # By their paths: a folder that happens to be called sparse must not come in between.
+        lineup = load_lineup(*(str(SHIPPED / name) for name in ("sparse", "dense", "student")), device=options.device)
     comparison = add_subspaces(compare(lineup.subjects, tasks, config), lineup, tasks, config)
     provenance = Provenance(
-        kind="report", command="recipes/quickstart.py", config=asdict(config), seed=options.seed, data=None
+        kind="report", command="recipes/quickstart.py", config=asdict(options), seed=options.seed, data=None
     )
     write_report(comparison, lineup.subjects, options.out, provenance, "Quickstart: circuits, sparse and dense")
     print(table(comparison.record))

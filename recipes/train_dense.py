@@ -1,11 +1,11 @@
 """Train a dense model on the same corpus and tokenizer as a sparse one.
 
     python recipes/train_dense.py --corpus runs/sparse.tokens --out runs/dense
-    python recipes/train_dense.py --kind gpt2 --corpus runs/sparse.tokens --out runs/dense_gpt2
+    python recipes/train_dense.py --preset gpt2 --corpus runs/sparse.tokens --out runs/dense_gpt2
 
 The kind `same` is the code of the sparse model at kept fraction 1: the counterpart for comparisons of circuits, whose
-width is to be chosen so that the held-out losses match. The kind `gpt2` is a plain Hugging Face GPT-2. Folders and
---resume are as in train_sparse.
+width is to be chosen so that the held-out losses match. The kind `gpt2` is a plain Hugging Face GPT-2, which the
+preset of that name also gives the rate and optimiser that it wants. Folders and --resume are as in train_sparse.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from distill.artifact import default_out
 from distill.data import prepare
 from distill.model import Architecture, DenseModel, SparseTransformer
 from distill.training import TrainConfig, plan, pretrain
+from distill.training.pretrain import check_way
 
 GPT2 = {"kind": "gpt2", "architecture.d_model": 128, "config.grad_rms": "clip", "config.eps": 1e-8}
 PRESETS = {
@@ -49,7 +50,7 @@ class Options:
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
     overwrite: bool = False
-    """Delete an earlier run in the folder first."""
+    """Replace an earlier run in the folder, and its packed corpus where that is another one."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -58,7 +59,9 @@ def train_dense(options: Options) -> None:
     """Prepare the data, build the model, train."""
     if options.config.kept != 1:
         raise ValueError(f"config.kept: {options.config.kept}; a dense model keeps 1, train_sparse takes other values")
-    architecture = replace(options.architecture, vocab_size=options.vocab_size)
+    # A GPT-2 has no bigram table, so its vocabulary may be larger than one would go with.
+    bigram = options.architecture.bigram and options.kind == "same"
+    architecture = replace(options.architecture, vocab_size=options.vocab_size, bigram=bigram)
     build = DenseModel.build_gpt2 if options.kind == "gpt2" else SparseTransformer.build
     model = build(architecture, seed=options.seed).to(command.pick_device(options.device))
     config = replace(options.config, seed=options.seed)
@@ -66,7 +69,8 @@ def train_dense(options: Options) -> None:
     if options.dry_run:
         return
     tokens = options.out.with_name(options.out.name + ".tokens")
-    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed)
+    check_way(options.out, "run", resume=options.resume, overwrite=options.overwrite)
+    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed, replace=options.overwrite)
     done = pretrain(
         model,
         data,

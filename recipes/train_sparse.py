@@ -3,9 +3,10 @@
     python recipes/train_sparse.py --corpus stdlib --out runs/sparse
     python recipes/train_sparse.py --corpus folder:my_texts --architecture.d-model 512 --config.kept 0.02
 
-Without arguments it trains for about half an hour on two cores on the Python standard library. The run folder gets
-tokens/ (packed corpus and tokenizer), metrics.jsonl, checkpoints/ and at the end model/, a Hugging Face model folder
-whose zeros are not stored. Ctrl-C saves a checkpoint; the same command with --resume goes on from it.
+Without arguments it trains for about half an hour on two cores on the Python standard library. The packed corpus and
+its tokenizer lie beside the run folder, in {out}.tokens, for other trainings to take. The run folder gets
+metrics.jsonl, checkpoints/ and at the end model/, a Hugging Face model folder whose zeros are not stored. Ctrl-C saves
+a checkpoint; the same command with --resume goes on from it.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from distill.artifact import default_out
 from distill.data import prepare
 from distill.model import Architecture, SparseTransformer
 from distill.training import TrainConfig, plan, pretrain
+from distill.training.pretrain import check_way
 
 LAPTOP = {
     "architecture.context": 128,
@@ -54,7 +56,7 @@ class Options:
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
     overwrite: bool = False
-    """Delete an earlier run in the folder first."""
+    """Replace an earlier run in the folder, and its packed corpus where that is another one."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -68,7 +70,8 @@ def train_sparse(options: Options) -> None:
     if options.dry_run:
         return
     tokens = options.out.with_name(options.out.name + ".tokens")
-    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed)
+    check_way(options.out, "run", resume=options.resume, overwrite=options.overwrite)
+    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed, replace=options.overwrite)
     done = pretrain(
         model,
         data,

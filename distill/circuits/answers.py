@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from distill.circuits.ablation import NonFiniteError
 from distill.circuits.tasks import TaskBatch, logit_difference
@@ -59,6 +59,21 @@ def take(batch: TaskBatch, pairs: Int[Tensor, "n"]) -> TaskBatch:
     chosen = batch.select(torch.cat([pairs, pairs + len(batch) // 2]))
     length = int(chosen.last.max()) + 1
     return replace(chosen, tokens=chosen.tokens[:, :length], attention_mask=chosen.attention_mask[:, :length])
+
+
+def joined(one: TaskBatch, other: TaskBatch) -> TaskBatch:
+    """The pairs of two batches of one task as one batch, clean rows first."""
+    length = max(one.tokens.shape[1], other.tokens.shape[1])
+
+    def rows(name: str) -> Tensor:
+        halves = [half for batch in (one, other) for half in (getattr(batch, name).chunk(2),)]
+        parts = [half[0] for half in halves] + [half[1] for half in halves]
+        if parts[0].dim() == 2:
+            parts = [pad(part, (0, length - part.shape[1])) for part in parts]
+        return torch.cat(parts)
+
+    names = ("tokens", "attention_mask", "last", "answer", "other", "labels", "orientation")
+    return replace(one, **{name: rows(name) for name in names}, dropped=one.dropped + other.dropped)
 
 
 def answer_logits(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> Float[Tensor, "n V"]:

@@ -141,7 +141,8 @@ class MaskTap:
         mask = self.masks[location].to(x)
         if location == site:
             return self._protect(torch.addcmul((1 - mask) * self.means.at(site, x.shape[1]).to(x), x, mask), x)
-        return self._protect(x * mask, x)
+        # The gradient to the mask passes at the node alone: through both places it would count the node twice.
+        return self._protect(x * mask.detach(), x)
 
     def _protect(self, ablated: Tensor, x: Tensor) -> Tensor:
         if not self.means.protect_first:

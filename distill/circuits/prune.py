@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.circuits.ablation import Means, MeansMismatchError
-from distill.circuits.answers import CHANCE, answer_difference, check_finite, frozen, take, two_way_loss
+from distill.circuits.answers import CHANCE, answer_difference, check_finite, frozen, joined, take, two_way_loss
 from distill.circuits.attribution import attribute
 from distill.circuits.circuit import Circuit
 from distill.circuits.masks import MaskTap, NodeMasks, all_nodes
@@ -46,6 +46,8 @@ class PruneConfig:
 
     target: float = 0.15
     """Task loss that the circuit has to meet, in nats per prompt (chance is 0.693)."""
+    goal: float | None = None
+    """Loss to be met on validation prompts, in nats; none: worked out of target and headroom."""
     headroom: float = 0.4
     """Share of the room between the full model and the target that is left free on validation prompts, in [0, 1):
     prompts that pruning never saw are of other templates, on which a circuit that just meets the target misses it."""
@@ -124,6 +126,8 @@ class PruneConfig:
         _require(self.start_room >= 1, "start_room", self.start_room, "1 and more")
         _require(0 < self.start_spread <= 1, "start_spread", self.start_spread, "numbers in (0, 1]")
         _require(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "numbers in [-1, 1]")
+        goal = self.goal
+        _require(goal is None or 0 < goal <= self.target, "goal", goal, "numbers above 0 up to target, or none")
         budget = self.time_budget
         _require(budget is None or budget > 0, "time_budget", budget, "numbers above 0, or none")
 
@@ -150,9 +154,22 @@ def prune(
     """
     train, val = (
         encode(task, tokenizer, split, min(pairs, task.size(split)), config.seed, context=model.context)
-        for split, pairs in (("train", config.train_pairs), ("val", config.val_pairs))
+        for split, pairs in (("train", config.train_pairs + config.val_pairs), ("val", config.val_pairs))
     )
+    train, val = hold_back(train, val)
     return prune_batches(model, task.name, train, val, means, config, model_name=model_name)
+
+
+def hold_back(train: TaskBatch, val: TaskBatch) -> tuple[TaskBatch, TaskBatch]:
+    """Moves as many pairs as `val` has, at most a third, from the end of the training to the validation prompts.
+
+    A circuit that is cut down on the templates of the validation split alone forgets those it was learned on, and does
+    worse on further ones.
+    """
+    pairs = len(train) // 2
+    kept = torch.arange(pairs - min(len(val) // 2, pairs // 3))
+    moved = torch.arange(len(kept), pairs)
+    return take(train, kept), joined(val, take(train, moved))
 
 
 def prune_batches(
@@ -231,10 +248,12 @@ def target_for(config: PruneConfig, full: float) -> float:
 
 
 def goal_for(config: PruneConfig, target: float, full: float) -> float:
-    """The loss in nats to be met on validation prompts, `config.headroom` of the room below the target.
+    """The loss in nats to be met on validation prompts: `config.goal`, or so much room under the target.
 
     The room is that between the full model's loss and the target, or all of the target where the full model misses it.
     """
+    if config.goal is not None:
+        return config.goal
     room = target - full if full < target else target
     return target - config.headroom * room
 

@@ -16,7 +16,7 @@ SAMPLE_FILE = "heldout.safetensors"
 def spread_windows(ids: np.ndarray, context: int, limit: int) -> Int[Tensor, "n T1"]:
     """At most `limit` windows of `context` targets, evenly spread over the ids. ValueError for too few ids."""
     every = windows(ids, context)
-    return every[:: max(1, len(every) // limit)][:limit]
+    return every[torch.linspace(0, len(every) - 1, min(limit, len(every))).long()]
 
 
 def save_sample(folder: Path, sample: Int[Tensor, "n T1"], *, vocab_size: int) -> None:

@@ -43,6 +43,8 @@ class Family:
     mlp_in: str
     act: str
     mlp_out: str
+    decisive: tuple[str, ...]
+    """Fields of the configuration that decide what is computed."""
     transposed: bool
     """Whether linear weights are stored (in, out), as by Conv1D."""
 
@@ -63,6 +65,21 @@ FAMILIES: Mapping[str, Family] = {
         mlp_in="mlp.c_fc",
         act="mlp.act",
         mlp_out="mlp.c_proj",
+        decisive=(
+            "model_type",
+            "vocab_size",
+            "n_positions",
+            "n_embd",
+            "n_layer",
+            "n_head",
+            "n_inner",
+            "activation_function",
+            "layer_norm_epsilon",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "reorder_and_upcast_attn",
+            "tie_word_embeddings",
+        ),
         transposed=True,
     ),
 }
@@ -97,6 +114,7 @@ class DenseModel(Runnable):
     def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> "DenseModel":
         """Loads a model from a folder, or by its hub name, in float32 unless `dtype` says otherwise."""
         kwargs.setdefault("dtype", torch.float32)
+        kwargs.setdefault("use_safetensors", True)  # a pytorch_model.bin is a pickle
         return cls(AutoModelForCausalLM.from_pretrained(name_or_folder, **kwargs).eval())
 
     @classmethod
@@ -229,8 +247,8 @@ class DenseModel(Runnable):
         return self._part(name).get_parameter("weight").detach()
 
     def describe(self) -> Mapping[str, Any]:
-        skipped = {"transformers_version", "_name_or_path", "dtype", "architectures"}
-        return {key: value for key, value in self.hf.config.to_dict().items() if key not in skipped}
+        # What decides the computation and nothing else: a release of transformers may add fields to a configuration.
+        return {name: getattr(self.hf.config, name) for name in self.family.decisive}
 
 
 def _tap_qkv(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -1,12 +1,19 @@
 """Models and tokenizers by path or by name."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from distill.model.dense import DenseModel
-from distill.model.transformer import SparseTransformer, SparseTransformerConfig
+from distill.model.transformer import COMPACT_FILE, SparseTransformer, SparseTransformerConfig
 
 SHIPPED = Path(__file__).parent.parent / "pretrained"
 
@@ -38,34 +45,81 @@ def model_folder(path_or_name: str | Path) -> Path | None:
 def load_model(path_or_name: str | Path) -> SparseTransformer | DenseModel:
     """The model in a folder, by the short name of a shipped one, or by its hub name, ready for evaluation.
 
-    ValueError where there is no such model, the folder is no model, or its architecture cannot be run.
+    ValueError where there is no such model, the folder is no model, its weights are damaged, not all there or of
+    another shape than its configuration, or its architecture cannot be run.
     """
     folder = model_folder(path_or_name)
-    source = str(path_or_name) if folder is None else folder
+    source = str(path_or_name) if folder is None else str(folder)
+    sparse = folder is not None and _model_type(folder) == SparseTransformerConfig.model_type
     try:
-        if folder is not None and _model_type(folder) == SparseTransformerConfig.model_type:
-            return SparseTransformer.from_pretrained(folder).eval()
-        return DenseModel.from_pretrained(source)
+        if sparse and (Path(source) / COMPACT_FILE).is_file():
+            return SparseTransformer.from_pretrained(source).eval()
+        with _without_report():
+            # What does not fit is told apart below, in one line; by itself it would be drawn at random.
+            told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if sparse:
+                loaded: Any = SparseTransformer.from_pretrained(source, **told)
+            else:
+                loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **told)
     except OSError as error:
         raise ValueError(
             f"model: {source} cannot be loaded; allowed are a model folder, a hub name that can be reached, or one of "
             f"{shipped_names()} ({_first_line(error)})"
         ) from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"model: {source} is damaged or no model that is known ({_first_line(error)})") from error
+    model, info = loaded
+    found = model.eval() if sparse else DenseModel(model.eval())
+    _check_whole(source, info, strict=sparse)
+    return found
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer beside a model. ValueError where there is none, or it has none of the fast kind."""
+    """The tokenizer beside a model. ValueError where there is none, it is damaged, or it has none of the fast kind."""
     folder = model_folder(path_or_name)
     source = str(path_or_name) if folder is None else folder
-    if folder is not None and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        _check_tokenizer_file(folder / "tokenizer.json")
+    elif folder is not None and not (folder / "vocab.json").is_file():
         raise ValueError(f"tokenizer: {folder} holds no tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: {source} cannot be loaded ({_first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer: {source} has a {type(tokenizer).__name__}; allowed are fast tokenizers")
     return tokenizer
+
+
+def _check_tokenizer_file(path: Path) -> None:
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare class, for whatever is wrong with the file
+        raise ValueError(f"tokenizer: {path} is damaged or no tokenizer ({_first_line(error)})") from error
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Transformers' table of tensors that do not fit, held back: it is many lines, and `_check_whole` says the same."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_whole(source: str, info: Mapping[str, Any], *, strict: bool) -> None:
+    """ValueError where tensors are missing or of another shape; when strict, also where there are others."""
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"]) if strict else []
+    shapes = sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
+    if missing:
+        raise ValueError(f"model: {source} lacks {len(missing)} tensors of its architecture, such as {missing[0]!r}")
+    if shapes:
+        name, stored, wanted = shapes[0]
+        raise ValueError(f"model: {source}: {name!r} has shape {stored}, its config.json says {wanted}")
+    if others:
+        raise ValueError(f"model: {source} holds {others[0]!r}, which its config.json has no place for")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: SparseTransformer | DenseModel) -> None:

@@ -28,6 +28,14 @@ from distill.model.topk import abs_topk
 
 RESIDUAL_TOPK = ("resid_post_attn", "resid_post_mlp")
 COMPACT_FILE = "model.sparse.safetensors"
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "code_revision", "proxies"}
+AUTO_OPTIONS = {"trust_remote_code", "use_safetensors", "adapter_kwargs", "_from_auto", "_commit_hash"}
+COMPACT_OPTIONS = frozenset({"config", "dtype", "torch_dtype"} | HUB_OPTIONS | AUTO_OPTIONS)
+"""Options of `from_pretrained` that a folder with a `COMPACT_FILE` takes."""
+PLAIN_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Weights as `save_pretrained` writes them."""
+LARGEST_BIGRAM = 8192
+"""Vocabulary up to which a dense (V, V) bigram table makes sense; it takes 256 MiB there, and 10 GiB at GPT-2's."""
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
@@ -73,7 +81,7 @@ class Architecture:
     sink: bool = True
     """Whether each head has an attention sink: a logit without a value in the softmax."""
     bigram: bool = True
-    """Whether a dense (V, V) table is added to the logits by the current token."""
+    """Whether a dense (V, V) table is added to the logits by the current token; for a vocabulary up to 8192."""
     tied_unembedding: bool = False
     """Whether the unembedding is the embedding."""
     logits_bias: bool = False
@@ -82,12 +90,13 @@ class Architecture:
     def __post_init__(self) -> None:
         object.__setattr__(self, "topk_at", tuple(self.topk_at))
         for name in ("vocab_size", "context", "n_layer", "d_model", "d_head"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, name, value, "1 and more")
         if self.n_head is None:
             _require(self.d_model % self.d_head == 0, "d_model", self.d_model, f"multiples of d_head {self.d_head}")
         for name in ("n_head", "d_mlp"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "1 and more, or none")
+            _require(value is None or (isinstance(value, int) and value >= 1), name, value, "1 and more, or none")
         _require(self.norm in ("rms", "layer"), "norm", self.norm, "rms, layer")
         _require(self.norm == "layer" or not self.norm_bias, "norm_bias", self.norm_bias, "false with norm=rms")
         _require(self.norm_eps >= 0, "norm_eps", self.norm_eps, "0 and more")
@@ -105,6 +114,12 @@ class Architecture:
             "d_position",
             self.d_position,
             "1 and more with position=concat, else 0",
+        )
+        _require(
+            not self.bigram or self.vocab_size <= LARGEST_BIGRAM,
+            "bigram",
+            self.bigram,
+            f"false with vocab_size {self.vocab_size}; a dense (V, V) table is kept up to {LARGEST_BIGRAM} tokens",
         )
 
     @property
@@ -415,18 +430,62 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a folder whose weights are stored sparsely (`save_compact`) is read as well."""
+        """As in transformers; a folder whose weights are stored sparsely (`save_compact`) is read as well.
+
+        Of transformers' options such a folder takes `config` and `dtype`, and those that speak of a hub have no
+        meaning there. ValueError for any other one, and for weights that are damaged or do not fit the configuration.
+        """
         folder = Path(pretrained_model_name_or_path)
         if not (folder / COMPACT_FILE).is_file():
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = kwargs.get("config") or SparseTransformerConfig.from_pretrained(folder)
-        model = cls(config)
-        model.load_state_dict(load_compact(folder / COMPACT_FILE))
+        for name, value in kwargs.items():
+            if name not in COMPACT_OPTIONS and value is not None:
+                raise ValueError(
+                    f"{name}: got {value!r}, but {folder / COMPACT_FILE} is not read by transformers; allowed are "
+                    "config and dtype (move the model with .to(device) once it is loaded)"
+                )
+        model = cls(kwargs.get("config") or SparseTransformerConfig.from_pretrained(folder), *args)
+        state = load_compact(folder / COMPACT_FILE)
+        _check_fits(folder / COMPACT_FILE, state, model.state_dict())
+        model.load_state_dict(state)
         model.tie_weights()
-        return model.eval()
+        return nn.Module.to(model, _dtype(kwargs.get("dtype", kwargs.get("torch_dtype")), state)).eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers; what an earlier `save_compact` left in the folder, which would be read first, goes."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / COMPACT_FILE).unlink(missing_ok=True)
 
     def save_compact(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and the weights with their zeros left out, the bigram table in float16."""
+        """Writes config.json and the weights with their zeros left out, the bigram table in float16.
+
+        Weights that an earlier `save_pretrained` left in the folder go.
+        """
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
         save_compact(Path(folder) / COMPACT_FILE, self.state_dict())
+        for pattern in PLAIN_FILES:
+            for path in Path(folder).glob(pattern):
+                path.unlink()
+
+
+def _check_fits(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """ValueError unless both hold the same tensors in the same shapes."""
+    for name in sorted(state.keys() | wanted.keys()):
+        if name not in state:
+            raise ValueError(f"{path}: lacks {name!r}, which the config.json beside it asks for")
+        if name not in wanted:
+            raise ValueError(f"{path}: holds {name!r}, which the config.json beside it has no place for")
+        stored, asked = tuple(state[name].shape), tuple(wanted[name].shape)
+        if stored != asked:
+            raise ValueError(f"{path}: {name!r} has shape {stored}, the config.json beside it says {asked}")
+
+
+def _dtype(asked: str | torch.dtype | None, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of the weights that was asked for: by name, as it is, or (none, auto) the one they were saved in."""
+    if asked is None or asked == "auto":
+        return state["embed_tokens.weight"].dtype
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: got {asked!r}, allowed are auto and floating-point types such as float32, bfloat16")
+    return found

@@ -1,18 +1,20 @@
 """Pretraining of one model on next tokens: sparse, the same code kept dense, or a plain Hugging Face GPT-2."""
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import Provenance, fresh_folder, make_way, write_manifest
+from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, make_way, read_json, write_manifest
 from distill.data.sample import save_sample, spread_windows
-from distill.data.tokens import TokenData
+from distill.data.tokens import Sampler, TokenData
 from distill.model import DenseModel, SparseTransformer
 from distill.training.evaluate import heldout_loss
 from distill.training.sparsity import sparse_parameters, sparsity_report
@@ -63,6 +65,39 @@ def next_token_loss(model: SparseTransformer | DenseModel) -> Objective:
     return objective
 
 
+def check_way(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> None:
+    """Refuses what `make_way` would refuse a run for, and deletes nothing: to be called before the work begins.
+
+    ValueError for a folder in use that is neither to be gone on with nor to be replaced, and for both together.
+    """
+    if resume or not overwrite:
+        make_way(folder, kind, resume=resume, overwrite=overwrite)
+
+
+def check_resumed(folder: Path, kind: str, model: Mapping[str, Any], *, field: str = "model") -> None:
+    """Refuses to go on with the run in `folder`, where there is one, if it trains another architecture.
+
+    `model` is what the model says of itself (`describe`), `field` where the manifest's configuration holds the same.
+    ValueError that names the field which differs, ArtifactError for a folder of another kind.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    # Not `read_manifest`: the files of a run that was interrupted are others than the manifest lists.
+    manifest = read_json(path, what="manifest")
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise ArtifactError(f"out: {folder} is no {kind} folder; allowed to resume are those")
+    try:
+        was = dict(manifest["provenance"]["config"][field])
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(f"{path}: does not say which model the run trains") from None
+    now = json.loads(json.dumps(model))
+    # Fields that only one of them knows come from another version, not from another model.
+    for name in sorted(was.keys() & now.keys(), key=lambda name: (name != "model_type", name)):
+        if was[name] != now[name]:
+            raise ValueError(f"{name}: got {now[name]!r}, to resume {folder} allowed is {was[name]!r}")
+
+
 def pretrain(
     model: SparseTransformer | DenseModel,
     data: TokenData,
@@ -77,9 +112,11 @@ def pretrain(
     """Trains `model` in place and saves it with its tokenizer under `folder/model`.
 
     Every weight matrix, bias and embedding is projected where `config.kept` is below 1 (SparseTransformer only).
-    `folder` also gets metrics.jsonl and checkpoints. ValueError for a folder that is in use, settings that do not fit
-    the model, and a training that breaks.
+    `folder` also gets metrics.jsonl and checkpoints. Nothing is written, nor an earlier run deleted, before the
+    settings have passed. ValueError for a folder that is in use, settings that do not fit the model or the data,
+    another architecture than that of the run to be resumed, and a training that breaks.
     """
+    check_way(folder, "run", resume=resume, overwrite=overwrite)
     if config.context > model.context:
         raise ValueError(f"context: {config.context} tokens per sequence; this model takes {model.context} at most")
     if data.vocab_size > model.vocab_size:
@@ -91,10 +128,13 @@ def pretrain(
         sparse = sparse_parameters(model)
     settings = {"train": asdict(config), "model": dict(model.describe())}
     provenance = Provenance(kind="run", command=command, config=settings, seed=config.seed, data=data.fingerprint)
-    make_way(folder, "run", resume=resume, overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, provenance)
     watched = spread_windows(data.heldout, config.context, EVALUATION_WINDOWS)
+    sample = spread_windows(data.heldout, config.context, SAMPLE_WINDOWS)
+    Sampler(data.train, batch=config.batch, context=config.context, seed=config.seed)  # refuses too little text
+    if resume:
+        check_resumed(folder, "run", settings["model"])
+    make_way(folder, "run", resume=resume, overwrite=overwrite)
+    start_folder(folder, provenance)
     began = time.perf_counter()
     train(
         model,
@@ -108,7 +148,6 @@ def pretrain(
         provenance=provenance,
     )
     seconds = time.perf_counter() - began
-    sample = spread_windows(data.heldout, config.context, SAMPLE_WINDOWS)
     loss = heldout_loss(model, sample)
     tokens = config.steps * config.batch * config.context
     report = sparsity_report(sparse) if sparse else {}
@@ -117,6 +156,14 @@ def pretrain(
     save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra), sample)
     write_manifest(folder, provenance)
     return Pretrained(folder=folder / "model", heldout_loss=loss, tokens=tokens, seconds=seconds)
+
+
+def start_folder(folder: Path, provenance: Provenance) -> None:
+    """Makes the folder of a run with a manifest, by which it is known as one; that of a resumed run stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A resumed run may still be refused for its settings, and those of the manifest are the ones it was made with.
+    if not (folder / MANIFEST).is_file():
+        write_manifest(folder, provenance)
 
 
 def save_model(

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from bridges.compare import CompareConfig, common_target, ratios
+from bridges.compare import CompareConfig, common_target, matched, ratios
 from bridges.report import bridge_lines, summary, table
 
 
@@ -25,6 +25,9 @@ ROWS = {
 def test_the_ratio_is_a_geometric_mean_over_the_tasks_that_count() -> None:
     found = ratios(ROWS, 0.5)
     assert found["tasks_counted"] == ["a", "b"]
+    assert found["tasks_eligible"] == ["a", "b", "d"]
+    assert "needs no circuit" in found["left_out"]["c"]
+    assert "dense's circuit misses the target on unseen prompts" in found["left_out"]["d"]
     assert found["edge_ratio_geomean"] == pytest.approx(4.0)
     assert found["node_ratio_geomean"] == pytest.approx(math.sqrt(2))
     assert found["null_ratio_geomean"] == pytest.approx(math.sqrt(2))
@@ -50,12 +53,16 @@ def test_the_table_says_what_the_record_says() -> None:
         "tasks": tasks,
         **ratios(tasks, 0.5),
         "objective": "paper",
+        "matched": matched({"sparse": {"heldout_loss": 3.0}, "dense": {"heldout_loss": 3.01}}),
     }
+    assert record["matched"]["holds"]
     text = table(record)
     assert "sparse 3.000, dense 3.010" in text
     assert "edges dense / sparse: 4.00" in text
     assert "160" in text
-    assert summary({**record, "tasks_counted": []})[1].startswith("no task counts")
+    assert summary({**record, "tasks_counted": []})[-1].startswith("no task counts")
+    far = {"sparse": {"heldout_loss": 3.0}, "dense": {"heldout_loss": 3.1}}
+    assert "+3.3%, NOT matched" in summary({**record, "matched": matched(far)})[0]
     test = {
         "site": "all", "test": "sufficiency", "share": 0.25, "loss": 0.2, "loss_full": 0.1, "controls": [0.6, 0.5],
         "verdict": "above chance",

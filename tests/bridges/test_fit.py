@@ -17,12 +17,14 @@ from bridges import (
     StudentConfig,
     bridge_metrics,
     fit_bridges,
+    line_of,
     load_bridged,
     save_bridged,
 )
 from bridges.fit import has_sink
-from distill.artifact import ArtifactError, read_manifest
-from distill.data.tokens import TokenData, windows
+from distill.artifact import ArtifactError, Provenance, read_manifest
+from distill.circuits.subject import ship
+from distill.data.tokens import TokenData, train_tokenizer, windows
 from distill.model import DenseModel, SparseTransformer
 from distill.training.trainer import TrainConfig
 
@@ -112,8 +114,10 @@ def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(dense: DenseModel, d
     )
     with pytest.raises(ValueError, match="bridge.kl: got 0.5, to resume .* allowed is 1.0"):
         fit(dense, new(), data, tmp_path / "parts", config=BridgeConfig(kl=0.5), training=training, resume=True)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="is there already; allowed are a new folder, --resume or --overwrite"):
         fit(dense, new(), data, tmp_path / "parts", training=training)
+    fit(dense, new(), data, tmp_path / "parts", training=replace(training, steps=1), overwrite=True)
+    assert json.loads((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
 
 
 def test_another_dense_model_is_refused_by_both_names(
@@ -191,6 +195,8 @@ def test_a_student_takes_what_its_dense_model_decides(dense: DenseModel, twin: S
     assert not StudentConfig(d_model=64, bigram="off").architecture(dense).bigram
     dense.vocab_size = 50257  # too large for a dense table of pairs
     assert not StudentConfig(d_model=64).architecture(dense).bigram
+    with pytest.raises(ValueError, match="bigram: True .* allowed: false with vocab_size 50257"):
+        StudentConfig(d_model=64, bigram="on").architecture(dense)
     with pytest.raises(ValueError, match="context: got 13, allowed are 1 to 12"):
         StudentConfig(context=13).architecture(dense)
 
@@ -211,3 +217,108 @@ def test_sinks_are_seen(dense: DenseModel) -> None:
 
 def test_the_papers_preset_has_the_papers_terms() -> None:
     assert BridgeConfig(**PRESETS["paper"]).kl == 0 and BridgeConfig(**PRESETS["paper"]).ce == 1
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_is_written_or_deleted_for_input_that_is_refused(
+    dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
+) -> None:
+    few = TokenData.from_arrays(range(9), data.heldout, vocab_size=29)
+    unjudged = TokenData.from_arrays(data.train, range(9), vocab_size=29)
+    bad = [(few, {}), (unjudged, {}), (data, {"judged": 0}), (data, {"training": replace(TRAINING, context=13)})]
+    for tokens, options in bad:
+        with pytest.raises(ValueError, match="context|limit"):
+            fit(dense, student, tokens, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+    fit(dense, student, data, tmp_path / "old", training=replace(TRAINING, steps=2))
+    before = tree(tmp_path / "old")
+    for tokens, options in bad:
+        with pytest.raises(ValueError, match="context|limit"):
+            fit(dense, student, tokens, tmp_path / "old", overwrite=True, **options)
+    with pytest.raises(ValueError, match="resume: given together with overwrite"):
+        fit(dense, student, data, tmp_path / "old", resume=True, overwrite=True)
+    with pytest.raises(ValueError, match="steps: got 3, to resume"):
+        fit(dense, student, data, tmp_path / "old", training=replace(TRAINING, steps=3), resume=True)
+    after = tree(tmp_path / "old")
+    for files in (before, after):
+        files.pop(".lock")
+    assert after == before
+
+
+def test_the_student_is_a_model_folder_that_says_how_it_was_made(
+    dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
+) -> None:
+    made = fit(dense, student, data, tmp_path / "fit", training=replace(TRAINING, steps=2), command="a test")
+    known = read_manifest(tmp_path / "fit" / "model", "model")
+    assert {"config.json", "model.safetensors", "heldout.safetensors"} <= set(known["files"])
+    assert known["provenance"]["command"] == "a test" and known["provenance"]["data"] == data.fingerprint
+    assert known["provenance"]["extra"]["heldout_loss"] == made.metrics["student_ce"]
+    assert known["provenance"]["extra"]["tokens"] == 2 * 8 * 12
+    assert known["provenance"]["config"]["training"]["steps"] == 2
+
+
+def test_a_student_can_be_shipped(
+    dense: DenseModel, student: SparseTransformer, bridges: Bridges, data: TokenData, tmp_path: Path
+) -> None:
+    whole = SparseTransformer.build(replace(student.architecture, vocab_size=300), seed=1)
+    tokenizer = train_tokenizer([" ".join(f"word{i} = {i * i}" for i in range(400))], 300)
+    wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
+    options = {"tokenizer": tokenizer, "sample": windows(data.heldout, 12, 8)}
+    known = Provenance(kind="model", command="a test", config={"a": 1}, seed=3, data="b" * 64, extra={"c": 2})
+    save_bridged(tmp_path / "made", whole, wide, DenseRecord.of(dense, "tiny"), {}, provenance=known, **options)
+    shipped = ship(tmp_path / "made", tmp_path / "shipped")
+    assert read_manifest(shipped, "model")["provenance"]["extra"]["c"] == 2
+    assert (shipped / "means.safetensors").is_file()
+
+
+def test_a_student_without_a_manifest_is_read_and_not_replaced(
+    dense: DenseModel, student: SparseTransformer, bridges: Bridges, tmp_path: Path
+) -> None:
+    wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
+    record = DenseRecord.of(dense, "tiny")
+    save_bridged(tmp_path, student, wide, record, {})
+    (tmp_path / "model" / "manifest.json").unlink()
+    load_bridged(tmp_path, dense)
+    with pytest.raises(ArtifactError, match="model: will not be overwritten"):
+        save_bridged(tmp_path, student, wide, record, {})
+
+
+def test_a_dense_model_in_a_folder_is_found_after_both_have_moved(
+    dense: DenseModel,
+    student: SparseTransformer,
+    bridges: Bridges,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
+    home = tmp_path / "home"
+    dense.hf.save_pretrained(home / "gpt2" / "model")
+    monkeypatch.chdir(home)
+    save_bridged("made", student, wide, DenseRecord.of(dense, "gpt2"), {})
+    assert json.loads((home / "made" / "dense.json").read_text())["name"] == "../gpt2"
+    moved = home.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    _, _, info = load_bridged("elsewhere/made")
+    assert info.source == str(moved / "gpt2")
+    assert info.dense.load().fingerprint() == dense.fingerprint()
+    # Records from before were written as the name was given.
+    for name in (str(moved / "gpt2"), "elsewhere/gpt2"):
+        known = json.loads((moved / "made" / "dense.json").read_text())
+        (moved / "made" / "dense.json").write_text(json.dumps({**known, "name": name}))
+        assert load_bridged(moved / "made")[2].dense.load().fingerprint() == dense.fingerprint()
+
+
+def test_a_site_without_an_nmse_is_left_out_of_the_line() -> None:
+    site = {"nmse_d2s": 0.5, "nmse_s2d": None, "hybrid_ce_d2s": 1.0, "hybrid_ce_s2d": 2.0}
+    sites = {"0.resid_in": {**site, "nmse_d2s": None}, "final_resid": site}
+    line = line_of({"sites": sites, "dense_ce": 1.0, "student_ce": 1.5, "bigram_ce": 2.0})
+    assert "NMSE 0.500 dense to sparse, not defined back; hybrid loss 1.000 dense to sparse, 2.000 back" in line
+
+
+def test_a_loss_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ce: got 0\.0, allowed are numbers above 0 where kl, nmse"):
+        BridgeConfig(ce=0.0, kl=0.0, nmse=0.0, kl_d2s=0.0, kl_s2d=0.0)
+    assert BridgeConfig(ce=0.0, kl=0.0, nmse=0.0, kl_d2s=0.0).kl_s2d == 1

@@ -16,7 +16,7 @@ from bridges import (
     subspace_test,
 )
 from bridges.metrics import recorded
-from bridges.subspace import SubspaceTap, random_subspaces, variance_share
+from bridges.subspace import RANDOM, SubspaceTap, principal_subspaces, random_subspaces, variance_share
 from distill.circuits.tasks import TaskBatch, task_loss
 from distill.model import DenseModel, SparseTransformer, node_locations, residual_sites
 
@@ -178,43 +178,98 @@ def test_a_subspace_that_carries_the_answer_beats_its_controls(
         wanted = (twin.unembed.weight[batch.answer] - twin.unembed.weight[batch.other]).T
     bases = {"final_resid": torch.linalg.qr(wanted).Q[:, :6]}
     means = residual_means(twin, windows[:, :-1])
-    controls = random_subspaces(bases, means, 20, seed=0, matched=False)
+    controls = {RANDOM: random_subspaces(bases, means, 20, seed=0, matched=False)}
     for outcome in subspace_test(twin, batch, bases, means, controls=controls):
-        assert len(outcome.controls) == 20 and outcome.as_good == 0 and outcome.verdict == "above chance"
+        assert len(outcome.controls[RANDOM]) == 20 and outcome.p == {RANDOM: 1 / 21}
+        assert outcome.verdict == "above chance"
         assert outcome.site == "final_resid" and outcome.dimension == 6 and outcome.share == 6 / 16
-        assert "above chance" in outcome.line() and json.loads(json.dumps(outcome.to_json()))["as_good"] == 0
+        assert "above chance" in outcome.line() and json.loads(json.dumps(outcome.to_json()))["p"] == {RANDOM: 1 / 21}
 
 
 def test_a_random_subspace_is_at_chance(dense: DenseModel, batch: TaskBatch, means: ResidualMeans) -> None:
-    shape = {site: torch.zeros(16, 4) for site in SITES}
+    shape = {site: torch.eye(16, 4) for site in SITES}
     drawn = list(random_subspaces(shape, means, 40, seed=1, matched=False))
-    outcomes = subspace_test(dense, batch, drawn[0], means, controls=drawn[1:])
+    outcomes = subspace_test(dense, batch, drawn[0], means, controls={RANDOM: drawn[1:]}, each_site=True)
     assert len(outcomes) == 2 * 6
     assert sum(outcome.verdict == "at chance" for outcome in outcomes) >= 9
 
 
-@pytest.mark.parametrize(("share", "controls", "verdict"), [(0.6, (9.0,), "says nothing"), (0.5, (), "no controls")])
-def test_verdict_needs_a_small_subspace_and_controls(share: float, controls: tuple[float, ...], verdict: str) -> None:
-    outcome = SubspaceTest(
-        test="sufficiency",
-        site="all",
-        dimension=8,
-        share=share,
-        variance=0.1,
-        loss=0.1,
-        loss_full=0.1,
-        loss_empty=1.0,
-        controls=controls,
-        protect_first=False,
-    )
-    assert outcome.verdict == verdict
+def test_side_by_side_controls_equal_one_by_one(
+    dense: DenseModel, batch: TaskBatch, means: ResidualMeans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = {site: torch.eye(16, 3) for site in SITES}
+    # Of different dimensions, as images of channels may be.
+    wide, narrow = ({site: torch.eye(16, dim).flip(0) for site in SITES} for dim in (5, 1))
+    alone = [subspace_test(dense, batch, control, means) for control in (wide, narrow, bases)]
+    for tokens in (1, 150):
+        monkeypatch.setattr("bridges.subspace.TOKENS_AT_ONCE", tokens)
+        found = subspace_test(
+            dense, batch, bases, means, controls={"mine": [wide, narrow, bases]}, other={"narrow": narrow}
+        )
+        for index, outcome in enumerate(found):
+            expected = [outcomes[index].loss for outcomes in alone]
+            assert outcome.loss == pytest.approx(expected[2], rel=1e-4)
+            assert outcome.other == {"narrow": pytest.approx(expected[1], rel=1e-4)}
+            # Only all sites together are held against controls unless asked.
+            assert outcome.controls == {"mine": pytest.approx(expected, rel=1e-4) if outcome.site == "all" else ()}
+
+
+def outcome_of(**changes: object) -> SubspaceTest:
+    values = {
+        "test": "sufficiency", "site": "all", "dimension": 8, "share": 0.5, "variance": 0.1, "loss": 0.1,
+        "loss_full": 0.1, "loss_empty": 1.0, "protect_first": False,
+    }  # fmt: skip
+    return SubspaceTest(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("share", "controls", "verdict"),
+    [
+        (0.6, {"a": (9.0,) * 19}, "says nothing"),
+        (0.5, {}, "no controls"),
+        (0.5, {"a": ()}, "no controls"),
+        (0.5, {"a": (9.0,) * 18}, "too few controls"),
+        (0.5, {"a": (9.0,) * 19}, "above chance"),
+        (0.5, {"a": (9.0,) * 19, "b": (9.0,) * 18}, "too few controls"),
+        (0.5, {"a": (9.0,) * 19, "b": (9.0,) * 18 + (0.0,)}, "at chance"),
+    ],
+)
+def test_verdict_needs_a_small_subspace_and_every_family(share: float, controls: dict, verdict: str) -> None:
+    assert outcome_of(share=share, controls=controls).verdict == verdict
 
 
 def test_ties_with_controls_count_as_good() -> None:
-    common = {"site": "all", "dimension": 1, "share": 0.1, "variance": 0.1, "loss_full": 0.0, "loss_empty": 1.0}
-    keep = SubspaceTest(test="sufficiency", loss=0.5, controls=(0.4, 0.5, 0.6, 0.7), protect_first=False, **common)
-    drop = SubspaceTest(test="necessity", loss=0.5, controls=(0.4, 0.5, 0.6, 0.7), protect_first=False, **common)
-    assert keep.as_good == 0.5 and drop.as_good == 0.75
+    controls = {"a": (0.4, 0.5, 0.6, 0.7), RANDOM: (0.5,)}
+    keep = outcome_of(loss=0.5, controls=controls)
+    drop = outcome_of(test="necessity", loss=0.5, controls=controls)
+    assert keep.p == {"a": 3 / 5, RANDOM: 1.0} and drop.p == {"a": 4 / 5, RANDOM: 1.0}
+
+
+def test_json_keeps_the_random_family_apart() -> None:
+    controls = {RANDOM: (0.5, 0.6), "channels": (0.7,)}
+    found = json.loads(json.dumps(outcome_of(controls=controls, other={"principal": 0.3}).to_json()))
+    assert found["controls"] == [0.5, 0.6] and found["families"] == {"channels": [0.7]}
+    assert found["other"] == {"principal": 0.3} and found["ceiling"] is None
+    assert found["p"] == {RANDOM: 1 / 3, "channels": 1 / 2} and found["verdict"] == "too few controls"
+    assert "principal 0.300" in outcome_of(other={"principal": 0.3}).line()
+
+
+def test_random_subspaces_overlap_across_sites_as_the_bases_do(means: ResidualMeans) -> None:
+    bases = {"0.resid_in": torch.eye(16)[:, :3], "0.resid_mid": torch.eye(16)[:, 1:5]}
+    for drawn in random_subspaces(bases, means, 5, seed=0, matched=False):
+        overlap = torch.linalg.svdvals(drawn["0.resid_in"].T @ drawn["0.resid_mid"])
+        torch.testing.assert_close(overlap, torch.tensor([1.0, 1.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_principal_subspaces_hold_the_most_variance() -> None:
+    covariance = torch.tensor([1.0, 4.0, 3.0, 2.0]).diag()
+    means = ResidualMeans(
+        values={"0.resid_in": torch.zeros(1, 4)}, covariance={"0.resid_in": covariance}, protect_first=False
+    )
+    for dim, share in ((0, 0.0), (1, 0.4), (2, 0.7), (4, 1.0)):
+        found = principal_subspaces({"0.resid_in": torch.eye(4, dim)}, means)["0.resid_in"]
+        assert found.shape == (4, dim)
+        assert variance_share(found, covariance) == pytest.approx(share, abs=1e-5)
 
 
 def test_random_subspaces_are_orthonormal_of_equal_dimension_and_seeded(bridges: Bridges, means: ResidualMeans) -> None:
@@ -246,8 +301,11 @@ def test_matched_controls_hold_as_much_variance(target: float) -> None:
 
 def test_controls_must_cover_the_sites(dense: DenseModel, batch: TaskBatch, means: ResidualMeans) -> None:
     bases = {site: torch.zeros(16, 1) for site in SITES}
+    short = {site: basis for site, basis in bases.items() if site != "0.resid_mid"}
     with pytest.raises(ValueError, match=r"controls: one has no subspace at '0\.resid_mid'"):
-        subspace_test(dense, batch, bases, means, controls=[{k: v for k, v in bases.items() if k != "0.resid_mid"}])
+        subspace_test(dense, batch, bases, means, controls={RANDOM: [short]})
+    with pytest.raises(ValueError, match=r"other: one has no subspace at '0\.resid_mid'"):
+        subspace_test(dense, batch, bases, means, other={"unrelated": short})
 
 
 def test_prompts_longer_than_the_means_are_refused(dense: DenseModel, batch: TaskBatch, windows: Tensor) -> None:

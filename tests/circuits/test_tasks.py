@@ -20,13 +20,25 @@ from transformers import PreTrainedTokenizerFast
 from distill.circuits.tasks import Family, Task, encode, load_task, logit_difference, task_loss, task_names
 from distill.data.tokens import train_tokenizer
 
-NAMES = ["bracket_counting", "class_init", "for_while", "set_or_string", "single_double_quote"]
+NAMES = [
+    "bracket_counting",
+    "class_init",
+    "for_while",
+    "if_equals",
+    "lambda_func",
+    "set_or_string",
+    "single_double_quote",
+    "while_return_true",
+]
 SPLITS = ["train", "val", "test", "shift"]
 # What turns prompt + completion into whole statements, by class.
 ENDINGS = {
     "bracket_counting": ("", ""),
     "class_init": ("\n", "\n"),
     "for_while": ("x:\n{indent}    pass\n", "{indent}    pass\n"),
+    "if_equals": ("x:\n{indent}    pass\n", "x\n"),
+    "lambda_func": ("x\n", "):\n{indent}    pass\n"),
+    "while_return_true": ("{indent}    pass\n", ""),
     "set_or_string": ("x)\n", " x\n"),
     "single_double_quote": ("", ""),
 }

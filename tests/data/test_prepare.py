@@ -31,7 +31,11 @@ def test_a_second_call_takes_what_the_first_made(texts: Path, tmp_path: Path) ->
 
 def test_packed_tokens_stand_for_a_corpus(texts: Path, tmp_path: Path) -> None:
     first = prepare([str(texts)], tmp_path / "tokens", vocab_size=300)
-    assert prepare([str(tmp_path / "tokens")], tmp_path / "unused").fingerprint == first.fingerprint
+    packed, unused = [str(tmp_path / "tokens")], tmp_path / "unused"
+    assert prepare(packed, unused, vocab_size=300).fingerprint == first.fingerprint
+    assert prepare(packed, unused, tokenizer=first.tokenizer()).fingerprint == first.fingerprint
+    with pytest.raises(ValueError, match="vocab_size: .* have a vocabulary of 300, asked for is 2048"):
+        prepare(packed, unused)
     assert not (tmp_path / "unused").exists()
 
 
@@ -40,17 +44,32 @@ def test_other_settings_are_refused(texts: Path, tmp_path: Path) -> None:
     prepare([str(texts)], out, vocab_size=300)
     with pytest.raises(ValueError, match="vocabulary of 300, asked for is 310"):
         prepare([str(texts)], out, vocab_size=310)
-    with pytest.raises(ValueError, match="out: .* holds tokens of sources and seed"):
+    with pytest.raises(ValueError, match="out: .* holds other tokens; .*seed: they are of 0"):
         prepare([str(texts)], out, vocab_size=300, seed=1)
+    with pytest.raises(ValueError, match="heldout_fraction: 0.05 of them, asked for is 0.2"):
+        prepare([str(texts)], out, vocab_size=300, heldout_fraction=0.2)
+    with pytest.raises(ValueError, match="sources: they are of .* asked for are"):
+        prepare([str(texts), "idioms:0.01"], out, vocab_size=300)
     other = train_tokenizer([path.read_text() for path in texts.iterdir()], 290)
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer: the tokens in .* were made by another one"):
         prepare([str(texts)], out, tokenizer=other)
+
+
+def test_other_settings_are_packed_anew_where_they_may_be(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    first = prepare([str(texts)], out, vocab_size=300).fingerprint
+    stamp = (out / "train.bin").stat().st_mtime_ns
+    assert prepare([str(texts)], out, vocab_size=300, replace=True).fingerprint == first
+    assert (out / "train.bin").stat().st_mtime_ns == stamp
+    assert prepare([str(texts)], out, vocab_size=290, replace=True).vocab_size == 290
+    assert prepare([str(texts)], out, vocab_size=300, seed=1, replace=True).fingerprint != first
+    assert prepare([str(texts)], out, vocab_size=300, replace=True).fingerprint == first
 
 
 def test_windows_are_spread_and_come_back(tmp_path: Path) -> None:
     ids = np.arange(101, dtype=np.uint16)
     sample = spread_windows(ids, 10, 5)
-    assert sample[:, 0].tolist() == [0, 20, 40, 60, 80]
+    assert sample[:, 0].tolist() == [0, 20, 40, 60, 90]
     assert load_sample(tmp_path) is None
     save_sample(tmp_path, sample, vocab_size=128)
     loaded = load_sample(tmp_path)

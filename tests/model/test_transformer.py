@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.model import Architecture, Record, Replace, SparseTransformer, residual_sites
 from distill.model.sites import KINDS
+from distill.model.transformer import LARGEST_BIGRAM
 
 TINY = Architecture(vocab_size=31, context=16, n_layer=2, d_model=16, d_head=4)
 OPTIONS = [
@@ -128,6 +129,45 @@ def test_compact_storage_keeps_every_weight(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 
+def test_a_folder_holds_the_weights_that_were_saved_last(tmp_path: Path) -> None:
+    first, second = SparseTransformer.build(TINY, seed=1), SparseTransformer.build(TINY, seed=2)
+    first.save_compact(tmp_path)
+    second.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.sparse.safetensors").exists()
+    assert SparseTransformer.from_pretrained(tmp_path).fingerprint() == second.fingerprint()
+    second.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert list(tmp_path.glob("model-*-of-*.safetensors"))
+    first.save_compact(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.sparse.safetensors"]
+    assert SparseTransformer.from_pretrained(tmp_path).fingerprint() == first.fingerprint()
+
+
+def test_compact_weights_come_in_the_type_asked_for(tmp_path: Path) -> None:
+    _model().save_compact(tmp_path)
+    for options, dtype in (
+        ({}, torch.float32),
+        ({"dtype": "auto"}, torch.float32),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"torch_dtype": "float64"}, torch.float64),
+    ):
+        loaded = SparseTransformer.from_pretrained(tmp_path, **options)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).dtype == torch.float64
+    _model().to(torch.float64).save_compact(tmp_path)
+    assert SparseTransformer.from_pretrained(tmp_path).dtype == torch.float64
+    with pytest.raises(ValueError, match="device_map: got 'auto'.*allowed are config and dtype"):
+        SparseTransformer.from_pretrained(tmp_path, device_map="auto")
+    with pytest.raises(ValueError, match="dtype: got 'int8', allowed"):
+        SparseTransformer.from_pretrained(tmp_path, dtype="int8")
+
+
+def test_a_table_of_pairs_wants_a_small_vocabulary() -> None:
+    Architecture(vocab_size=LARGEST_BIGRAM)
+    Architecture(vocab_size=50257, bigram=False)
+    with pytest.raises(ValueError, match="bigram: True is not possible; allowed: false with vocab_size 8193"):
+        Architecture(vocab_size=8193)
+
+
 def test_generate_with_and_without_cache() -> None:
     model, tokens = _model(), _tokens(1, 4)
     texts = [
@@ -169,6 +209,7 @@ def test_matrices_are_the_weights_between_the_locations() -> None:
     ("field", "value"),
     [
         ("n_layer", 0),
+        ("n_layer", "two"),
         ("d_model", 18),
         ("topk_fraction", 0.0),
         ("topk_fraction", 1.5),

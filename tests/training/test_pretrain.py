@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,45 @@ def test_folders_in_use_and_settings_that_do_not_fit_are_refused(data: TokenData
         run(SparseTransformer.build(ARCHITECTURE), CONFIG)
     run(SparseTransformer.build(ARCHITECTURE), CONFIG, overwrite=True)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_nothing_is_written_or_deleted_for_input_that_is_refused(data: TokenData, tmp_path: Path) -> None:
+    def run(tokens: TokenData, folder: Path, config: TrainConfig = CONFIG, **more: bool) -> None:
+        model = SparseTransformer.build(ARCHITECTURE)
+        pretrain(model, tokens, config, folder, tokenizer=data.tokenizer(), command="a test", **more)
+
+    few = replace(data, train=data.train[:9])
+    unjudged = replace(data, heldout=data.heldout[:9])
+    for tokens in (few, unjudged):
+        with pytest.raises(ValueError, match="context: got 16, which needs 17 tokens, but there are 9"):
+            run(tokens, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    run(data, tmp_path / "old")
+    before = (tmp_path / "old" / "manifest.json").read_bytes()
+    for tokens in (few, unjudged):
+        with pytest.raises(ValueError, match="there are 9"):
+            run(tokens, tmp_path / "old", overwrite=True)
+    with pytest.raises(ValueError, match="steps: got 7, to resume"):
+        run(data, tmp_path / "old", TrainConfig(**{**vars(CONFIG), "steps": 7}), resume=True)
+    assert (tmp_path / "old" / "manifest.json").read_bytes() == before
+    read_manifest(tmp_path / "old", "run")
+
+
+def test_another_architecture_is_not_resumed(data: TokenData, tmp_path: Path) -> None:
+    def resume(model: SparseTransformer | DenseModel, config: TrainConfig = CONFIG) -> None:
+        pretrain(model, data, config, tmp_path / "run", tokenizer=data.tokenizer(), command="a test", resume=True)
+
+    resume(SparseTransformer.build(ARCHITECTURE))  # nothing there yet: from the start
+    resume(SparseTransformer.build(ARCHITECTURE))
+    # The same shapes throughout: only what the run says of itself can tell.
+    with pytest.raises(ValueError, match=r"topk_fraction: got 0\.5, to resume .* allowed is 0\.25"):
+        resume(SparseTransformer.build(replace(ARCHITECTURE, topk_fraction=0.5)))
+    with pytest.raises(ValueError, match="model_type: got 'gpt2', to resume .* allowed is 'distill_sparse'"):
+        resume(DenseModel.build_gpt2(ARCHITECTURE), TrainConfig(steps=6, batch=4, context=16))
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"kind": "run"', '"kind": "bridge"'))
+    with pytest.raises(ValueError, match="is no run folder"):
+        resume(SparseTransformer.build(ARCHITECTURE))
 
 
 def test_the_plan_counts(data: TokenData) -> None:
