@@ -196,7 +196,8 @@ def _settings(config: CompareConfig, target: float, able: Sequence[float], full:
     """
     own = common_target(target, [full]) if config.relative else target
     worst = max(able, default=full) if own == target else full
-    room = own - worst if worst < own else own
+    # A relative target lies just above the model's own loss: only that much can be left free.
+    room = own - worst if own > config.prune.target else own
     return replace(config.prune, target=own, relative=False, goal=own - config.prune.headroom * room)
 
 

@@ -123,12 +123,14 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
                 axis.plot(places + (offset - (len(models) - 1) / 2) * width, heights, "k_", markersize=8)
         axis.set_xticks(places, tasks, rotation=25, ha="right")
         axis.set_title(title)
+        axis.margins(y=0.15)
         if key != "loss_without_circuit":
             # Not a plain logarithm: a circuit may have no edges, and no model a circuit.
             axis.set_yscale("symlog", linthresh=1)
     axes[2].axhline(np.log(2), color="grey", linewidth=0.8, linestyle=":")
-    axes[2].set_xlabel("black mark: random nodes taken out instead; dotted: chance")
-    axes[0].legend()
+    axes[2].set_title("task loss without the circuit\n(mark: without random nodes; dotted: chance)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=110)
 
 

@@ -48,9 +48,9 @@ class PruneConfig:
     """Task loss that the circuit has to meet, in nats per prompt (chance is 0.693)."""
     goal: float | None = None
     """Loss to be met on validation prompts, in nats; none: worked out of target and headroom."""
-    headroom: float = 0.4
-    """Share of the room between the full model and the target that is left free on validation prompts, in [0, 1):
-    prompts that pruning never saw are of other templates, on which a circuit that just meets the target misses it."""
+    headroom: float = 0.3
+    """Share of the target that is left free on validation prompts, in [0, 1): prompts that pruning never saw are of
+    other templates, on which a circuit that just meets the target misses it."""
     relative: bool = False
     """Take ln 2 - 0.83 (ln 2 - loss of the full model) as the target instead, for models out of reach of `target`."""
     objective: str = "paper"
@@ -99,9 +99,9 @@ class PruneConfig:
     """Whether channel c of q and of k share one mask where the two are equally wide."""
     calibrated: bool = False
     """Whether the target is judged after calibration; both losses are reported either way."""
-    margin: float = 0.0
+    margin: float = 1.0
     """Standard errors of the validation loss that have to fit under the target on top of the loss."""
-    clean_up: int = 40
+    clean_up: int = 100
     """Most validation runs spent on removing nodes after discretising; 0 leaves the clean-up out."""
     time_budget: float | None = None
     """Seconds to stay within, by fewer steps and a shorter clean-up; results then depend on the machine's speed."""
@@ -250,12 +250,11 @@ def target_for(config: PruneConfig, full: float) -> float:
 def goal_for(config: PruneConfig, target: float, full: float) -> float:
     """The loss in nats to be met on validation prompts: `config.goal`, or so much room under the target.
 
-    The room is that between the full model's loss and the target, or all of the target where the full model misses it.
+    The room is all of the target; under a relative one, which lies just above the full model's loss, what is between.
     """
     if config.goal is not None:
         return config.goal
-    room = target - full if full < target else target
-    return target - config.headroom * room
+    return target - config.headroom * (target - full if config.relative else target)
 
 
 class Price:
