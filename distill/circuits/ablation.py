@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from distill.artifact import fingerprint, load_tensors, save_tensors
 from distill.model.run import Runnable
@@ -168,7 +169,7 @@ def node_means(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(tokens), batch):
+        for start in tqdm(range(0, len(tokens), batch), desc="means", unit="batch", delay=2, leave=False):
             model.run(tokens[start : start + batch].to(device), tap=sums, stop="final_resid")
     model.train(training)
     for location, total in sums.sum.items():

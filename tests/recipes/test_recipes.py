@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from distill import Circuit, load_model, load_subject
+from distill.data import train_tokenizer
 from distill.model import DenseModel, SparseTransformer
 
 Recipe = Callable[..., int]
@@ -175,3 +177,32 @@ def test_a_recipe_runs_as_a_script() -> None:
     assert done.returncode == 0
     for flag in ("--model", "--dense", "--bridge", "--task", "--target", "--out", "--seed", "--device"):
         assert flag in done.stdout
+
+
+def test_answers_that_no_single_token_tells_apart_are_refused(
+    models: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "same.jsonl"
+    lines = [{"clean": f"x{i} = a", "corrupt": f"y{i} = a", "answer": "\n", "other": "\n"} for i in range(60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recipe("prune_circuit", ["--model", models / "sparse", "--task", path, "--out", tmp_path / "out"]) == 2
+    error = capsys.readouterr().err
+    assert "same" in error
+    assert "answer" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_the_tokenizer_of_another_model_is_refused(
+    models: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, with_manifest: bool
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models / "sparse" / "model", folder)
+    texts = [path.read_text() for path in sorted((models / "texts").iterdir())]
+    train_tokenizer(texts, 420).save_pretrained(folder)
+    if not with_manifest:
+        (folder / "manifest.json").unlink()
+    assert recipe("prune_circuit", ["--model", folder, "--task", "for_while", "--out", tmp_path / "out"]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "tokenizer" in error[0]
