@@ -128,15 +128,13 @@ def pick_device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda, cuda:0, ..., mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda, cuda:0, ..., mps")
+        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda, cuda:0, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; take cpu or auto"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device: got {name!r}, but torch sees no Apple GPU here; take cpu or auto")
     return device
 
 

@@ -40,7 +40,7 @@ class Options:
     seed: int = 0
     """Seed of masks, prompts and controls."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1."""
 
 
 def compare_circuits(options: Options) -> None:

@@ -45,7 +45,7 @@ class Options:
     seed: int = 0
     """Seed of weights, of the held-out files and of the order of the data."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
     overwrite: bool = False

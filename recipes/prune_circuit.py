@@ -37,7 +37,7 @@ class Options:
     seed: int = 0
     """Seed of masks and prompts."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1."""
 
 
 def prune_circuit(options: Options) -> None:

@@ -36,7 +36,7 @@ class Options:
     seed: int = 0
     """Seed of masks, prompts and controls, and of trainings."""
     device: str = "cpu"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1."""
 
 
 def quickstart(options: Options) -> None:

@@ -145,19 +145,22 @@ class Circuit:
         """Reads what `save` wrote. ArtifactError for a file that is damaged or no circuit."""
         tensors, head = load_tensors(Path(path), kind="circuit")
         groups: dict[str, Nodes] = {"nodes": {}, "scores": {}, "mean": {}, "magnitude": {}}
-        # The file sorts its tensors by name; the order of the run is kept in the metadata.
-        for location in head["locations"]:
-            for what, group in groups.items():
-                if f"{what}/{location}" not in tensors:
-                    raise ArtifactError(f"{path}: holds no {what} of {location}, so it is no whole circuit")
-                group[location] = tensors[f"{what}/{location}"]
-        return cls(
-            nodes=groups["nodes"],
-            scores=groups["scores"],
-            means=Means(values=groups["mean"], magnitude=groups["magnitude"], model=head["model"], **head["means"]),
-            calibration=Calibration(**head["calibration"]),
-            **{name: head[name] for name in ("model", "model_name", "task", "losses", "target", "provenance")},
-        )
+        try:
+            # The file sorts its tensors by name; the order of the run is kept in the metadata.
+            for location in head["locations"]:
+                for what, group in groups.items():
+                    if f"{what}/{location}" not in tensors:
+                        raise ArtifactError(f"{path}: holds no {what} of {location}, so it is no whole circuit")
+                    group[location] = tensors[f"{what}/{location}"]
+            return cls(
+                nodes=groups["nodes"],
+                scores=groups["scores"],
+                means=Means(values=groups["mean"], magnitude=groups["magnitude"], model=head["model"], **head["means"]),
+                calibration=Calibration(**head["calibration"]),
+                **{name: head[name] for name in ("model", "model_name", "task", "losses", "target", "provenance")},
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: is no whole circuit, {error} is missing or of the wrong kind") from error
 
     def to_json(self, model: Runnable | None = None) -> dict[str, Any]:
         """A readable summary; with the model also counts and every edge as [source, target, weight].

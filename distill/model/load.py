@@ -94,7 +94,10 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
 def _check_tokenizer_file(path: Path) -> None:
     try:
         Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises the bare class, for whatever is wrong with the file
+    except Exception as error:
+        # The library raises the bare class for whatever is wrong with the file; its subclasses are other people's bugs.
+        if type(error) is not Exception:
+            raise
         raise ValueError(f"tokenizer: {path} is damaged or no tokenizer ({_first_line(error)})") from error
 
 

@@ -102,6 +102,9 @@ def test_files_that_are_no_circuit_are_refused(tmp_path, circuit):
     save_tensors(path, {}, {"kind": "circuit", "locations": ["0.attn.q"]})
     with pytest.raises(ArtifactError, match=r"no nodes of 0\.attn\.q"):
         Circuit.load(path)
+    save_tensors(path, {}, {"kind": "circuit", "locations": []})
+    with pytest.raises(ArtifactError, match="'model' is missing"):
+        Circuit.load(path)
 
 
 def test_json_is_plain_and_readable(circuit, planted):
