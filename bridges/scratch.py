@@ -15,7 +15,7 @@ SOURCES = ("stdlib", "idioms:6")
 ARCHITECTURE = Architecture(context=128, n_layer=3, d_model=128)
 DENSE_WIDTH = 48
 GPT2_WIDTH = 96
-TRAINING = TrainConfig(context=128, batch=16, steps=3000, kept=1 / 16, learning_rate=0.03, eval_every=500)
+TRAINING = TrainConfig(context=128, batch=16, steps=1000, kept=1 / 16, learning_rate=0.03, eval_every=250)
 GPT2_TRAINING = replace(TRAINING, kept=1.0, learning_rate=3e-3, eps=1e-8, grad_rms="clip")
 # Bridges stand beside the projected weights and want a far smaller rate: at an equal one their NMSE stays above 1.
 FIT_TRAINING = replace(TRAINING, batch=8, learning_rate=0.04, dense_rate=0.05)
