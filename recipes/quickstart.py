@@ -27,6 +27,8 @@ class Options:
     """Tasks by name, or JSONL files."""
     from_scratch: bool = False
     """Train all models here instead of taking the shipped ones."""
+    steps: int = 4000
+    """Optimiser steps of each training, with --from-scratch; time grows with them, 1,000 take about 8 minutes in all."""
     target: float = 0.15
     """Task loss to meet, in nats; where a full model is above it, the relative target of the source's."""
     config: CompareConfig = field(default_factory=CompareConfig)
@@ -45,7 +47,9 @@ def quickstart(options: Options) -> None:
     tasks = [load_task(name) for name in options.task]
     config = replace(options.config, prune=replace(options.config.prune, target=options.target, seed=options.seed))
     if options.from_scratch:
-        lineup = train_lineup(options.out.with_name(options.out.name + ".models"), seed=options.seed)
+        lineup = train_lineup(
+            options.out.with_name(options.out.name + ".models"), steps=options.steps, seed=options.seed
+        )
     else:
         # By their paths: a folder that happens to be called sparse must not come in between.
         lineup = load_lineup(*(str(SHIPPED / name) for name in ("sparse", "dense", "student")), device=options.device)
