@@ -28,7 +28,7 @@ class Options:
     from_scratch: bool = False
     """Train all models here instead of taking the shipped ones."""
     steps: int = 4000
-    """Optimiser steps of each training, with --from-scratch; time grows with them, 1,000 take about 8 minutes in all."""
+    """Optimiser steps of each training, with --from-scratch; 1,000 take about 8 minutes in all, and so on."""
     target: float = 0.15
     """Task loss to meet, in nats; where a full model is above it, the relative target of the source's."""
     config: CompareConfig = field(default_factory=CompareConfig)
