@@ -66,6 +66,8 @@ class CompareConfig:
         for name in ("test_pairs", "random_sets", "subspaces", "heldout_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed are 1 and more")
+        if self.prune.relative or self.prune.goal is not None:
+            raise ValueError("prune: relative and goal are set for all models alike, by the comparison's own relative")
         for name in ("able", "empty"):
             if not 0 < getattr(self, name) <= CHANCE:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed are numbers above 0, up to {CHANCE:.3f}")

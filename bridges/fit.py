@@ -20,14 +20,14 @@ from bridges.folder import DenseRecord, check_place, save_bridged
 from bridges.maps import Bridges
 from bridges.metrics import Metrics, bridge_metrics, plot_metrics, recorded
 from bridges.objective import BridgeConfig, BridgeObjective, check_pair
-from distill.artifact import ArtifactError, Provenance, make_way, read_json, write_json, write_manifest
+from distill.artifact import ArtifactError, Provenance, read_json, write_json, write_manifest
 from distill.circuits.ablation import SINK_RATIO
 from distill.command import no_type_check
 from distill.data.sample import spread_windows
 from distill.data.tokens import Sampler, TokenData, windows
 from distill.model.run import Runnable
 from distill.model.transformer import LARGEST_BIGRAM, Architecture, SparseTransformer
-from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS, check_way, start_folder
+from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS, check_way, make_way, start_folder
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import TrainConfig, train
 
@@ -156,7 +156,7 @@ def fit_bridges(
     settings that are not those of the run to be resumed; `TrainingError` where the training breaks down.
     """
     folder = Path(folder)
-    check_way(folder, "bridge", resume=resume, overwrite=overwrite)
+    check_way(folder, resume=resume, overwrite=overwrite)
     check_pair(dense, student, context=training.context)
     if data.vocab_size > dense.vocab_size:
         raise ValueError(f"data: has ids up to {data.vocab_size - 1}, the models' vocabulary is {dense.vocab_size}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bridges.folder import DENSE, MODEL, load_bridged, save_bridged
 from bridges.maps import Bridges
-from distill.artifact import Provenance, fresh_folder, read_manifest
-from distill.circuits.subject import MEANS_FILE, Subject, load_subject
+from distill.artifact import fresh_folder, read_manifest
+from distill.circuits.subject import MEANS_FILE, Subject, load_subject, shipped_provenance
 from distill.model.load import SHIPPED
 
 NO_BRIDGE = "none"
@@ -62,16 +62,7 @@ def ship_bridged(folder: Path, out: Path) -> Path:
     ArtifactError for a folder that is not whole.
     """
     student, bridges, info = load_bridged(folder)
-    made = read_manifest(folder, "bridge")
-    known = made["provenance"]
-    provenance = Provenance(
-        kind="bridge",
-        command=known["command"],
-        config=known["config"],
-        seed=known["seed"],
-        data=known["data"],
-        extra={**known["extra"], "made": made["created"], "made_with": made["versions"]},
-    )
+    provenance = shipped_provenance(read_manifest(folder, "bridge"), "bridge")
     subject = load_subject(folder / MODEL, name=STUDENT)
     with fresh_folder(out, provenance, replace=True) as place:
         save_bridged(

@@ -71,10 +71,11 @@ def bridge_lines(record: Mapping[str, Any]) -> list[str]:
                 continue
             kept = "kept alone" if test["test"] == "sufficiency" else "taken out"
             control = f", random subspaces {np.median(test['controls']):.3f}" if test["controls"] else ""
+            chances = ", ".join(f"{family} p {p:.2f}" for family, p in test["p"].items())
             lines.append(
                 f"{task}: the student's circuit in the dense model, its subspace {kept} "
                 f"({test['share']:.0%} of the width): loss {test['loss']:.3f}, model {test['loss_full']:.3f}"
-                f"{control}: {test['verdict']}"
+                f"{control}: {test['verdict']} ({chances})"
             )
     return lines
 

@@ -180,24 +180,6 @@ def remove_folder(path: str | Path, kind: str) -> None:
         shutil.rmtree(aside)
 
 
-def make_way(path: str | Path, kind: str, *, resume: bool, overwrite: bool) -> None:
-    """Sees to it that a run may write into `path`: new, to be gone on with, or to be replaced.
-
-    Arguments:
-        kind: what an earlier folder there must be to be deleted.
-        resume: go on with what is there. overwrite: delete it.
-
-    Raises ValueError for a folder in use with neither, and for both together.
-    """
-    path = Path(path)
-    if resume and overwrite:
-        raise ValueError("resume: given together with overwrite; allowed is one of them")
-    if overwrite:
-        remove_folder(path, kind)
-    if path.exists() and any(path.iterdir()) and not resume:
-        raise ArtifactError(f"out: {path} is there already; allowed are a new folder, --resume or --overwrite")
-
-
 def check_free(path: str | Path, kind: str, *, replace: bool) -> None:
     """Refuse a path that is taken; with `replace`, one that is not an earlier artifact of this kind."""
     path = Path(path)

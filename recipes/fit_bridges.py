@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bridges import PRESETS as BRIDGE_PRESETS
 from bridges import BridgeConfig, StudentConfig, fit_bridges, line_of
 from distill import command, load_model, load_tokenizer, prepare
 from distill.artifact import default_out
@@ -21,7 +22,7 @@ from distill.training.pretrain import check_way
 
 LAPTOP = TrainConfig(context=128, batch=8, kept=1 / 16, steps=4000, learning_rate=0.04, dense_rate=0.05)
 PRESETS = {
-    "paper": {"bridge.kl": 0.0, "bridge.first_position": "in"},
+    "paper": {f"bridge.{name}": value for name, value in BRIDGE_PRESETS["paper"].items()},
     "tiny": {"student.d_model": 32, "config.steps": 20, "config.batch": 4, "config.context": 32},
 }
 
@@ -64,7 +65,7 @@ def fit(options: Options) -> None:
     print(plan(student, config))
     if options.dry_run:
         return
-    check_way(options.out, "bridge", resume=options.resume, overwrite=options.overwrite)
+    check_way(options.out, resume=options.resume, overwrite=options.overwrite)
     tokens = options.out.with_name(options.out.name + ".tokens")
     data = prepare(options.corpus, tokens, tokenizer=tokenizer, seed=options.seed, replace=options.overwrite)
     done = fit_bridges(

@@ -69,7 +69,7 @@ def train_dense(options: Options) -> None:
     if options.dry_run:
         return
     tokens = options.out.with_name(options.out.name + ".tokens")
-    check_way(options.out, "run", resume=options.resume, overwrite=options.overwrite)
+    check_way(options.out, resume=options.resume, overwrite=options.overwrite)
     data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed, replace=options.overwrite)
     done = pretrain(
         model,

@@ -3,7 +3,7 @@
     python recipes/train_sparse.py --corpus stdlib --out runs/sparse
     python recipes/train_sparse.py --corpus folder:my_texts --architecture.d-model 512 --config.kept 0.02
 
-Without arguments it trains for about half an hour on two cores on the Python standard library. The packed corpus and
+Without arguments it trains on the Python standard library, at a size for two cores. The packed corpus and
 its tokenizer lie beside the run folder, in {out}.tokens, for other trainings to take. The run folder gets
 metrics.jsonl, checkpoints/ and at the end model/, a Hugging Face model folder whose zeros are not stored. Ctrl-C saves
 a checkpoint; the same command with --resume goes on from it.
@@ -70,7 +70,7 @@ def train_sparse(options: Options) -> None:
     if options.dry_run:
         return
     tokens = options.out.with_name(options.out.name + ".tokens")
-    check_way(options.out, "run", resume=options.resume, overwrite=options.overwrite)
+    check_way(options.out, resume=options.resume, overwrite=options.overwrite)
     data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed, replace=options.overwrite)
     done = pretrain(
         model,

@@ -1,9 +1,10 @@
 """A model that circuits are taken from, with all that this needs: tokenizer, ablation values, held-out text."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -94,6 +95,19 @@ def load_subject(
     return Subject(name=label, model=model, tokenizer=tokenizer, sample=sample, means=means)
 
 
+def shipped_provenance(made: Mapping[str, Any], kind: str) -> Provenance:
+    """How something was made, out of its manifest, for the manifest of its copy."""
+    known = made["provenance"]
+    return Provenance(
+        kind=kind,
+        command=known["command"],
+        config=known["config"],
+        seed=known["seed"],
+        data=known["data"],
+        extra={**known["extra"], "made": made["created"], "made_with": made["versions"]},
+    )
+
+
 def ship(path: str | Path, out: Path) -> Path:
     """Copies a trained model's folder to `out` with its ablation values beside it, for others to load without a corpus.
 
@@ -110,15 +124,7 @@ def ship(path: str | Path, out: Path) -> Path:
     if folder is None:
         raise ValueError(f"model: {path} is no folder; only trained models in a folder can be shipped")
     made = read_manifest(folder)
-    known = made["provenance"]
-    provenance = Provenance(
-        kind="model",
-        command=known["command"],
-        config=known["config"],
-        seed=known["seed"],
-        data=known["data"],
-        extra={**known["extra"], "made": made["created"], "made_with": made["versions"]},
-    )
+    provenance = shipped_provenance(made, "model")
     subject = load_subject(folder)
     with fresh_folder(out, provenance, replace=True) as place:
         compact = isinstance(subject.model, SparseTransformer)

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.model.dense import DenseModel
 from distill.model.load import check_tokenizer, load_model, load_tokenizer, shipped_names
+from distill.model.operations import set_path
 from distill.model.run import Runnable
 from distill.model.sites import (
     Chain,
@@ -46,6 +47,7 @@ __all__ = [
     "node_locations",
     "node_name",
     "residual_sites",
+    "set_path",
     "shipped_names",
     "split_node",
 ]

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, make_way, read_json, write_manifest
+from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, read_json, remove_folder, write_manifest
 from distill.data.sample import save_sample, spread_windows
 from distill.data.tokens import Sampler, TokenData
 from distill.model import DenseModel, SparseTransformer
@@ -65,13 +65,25 @@ def next_token_loss(model: SparseTransformer | DenseModel) -> Objective:
     return objective
 
 
-def check_way(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> None:
+def check_way(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses what `make_way` would refuse a run for, and deletes nothing: to be called before the work begins.
 
     ValueError for a folder in use that is neither to be gone on with nor to be replaced, and for both together.
     """
-    if resume or not overwrite:
-        make_way(folder, kind, resume=resume, overwrite=overwrite)
+    if resume and overwrite:
+        raise ValueError("resume: given together with overwrite; allowed is one of them")
+    if not (resume or overwrite) and folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"out: {folder} is there already; allowed are a new folder, --resume or --overwrite")
+
+
+def make_way(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> None:
+    """Sees to it that a run may write into `folder`: new, to be gone on with, or with `overwrite` deleted first.
+
+    Only an earlier folder of this kind is deleted. ValueError as `check_way`, ArtifactError for a folder of others.
+    """
+    check_way(folder, resume=resume, overwrite=overwrite)
+    if overwrite:
+        remove_folder(folder, kind)
 
 
 def check_resumed(folder: Path, kind: str, model: Mapping[str, Any], *, field: str = "model") -> None:
@@ -116,7 +128,7 @@ def pretrain(
     settings have passed. ValueError for a folder that is in use, settings that do not fit the model or the data,
     another architecture than that of the run to be resumed, and a training that breaks.
     """
-    check_way(folder, "run", resume=resume, overwrite=overwrite)
+    check_way(folder, resume=resume, overwrite=overwrite)
     if config.context > model.context:
         raise ValueError(f"context: {config.context} tokens per sequence; this model takes {model.context} at most")
     if data.vocab_size > model.vocab_size:

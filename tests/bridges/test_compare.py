@@ -4,6 +4,7 @@ import pytest
 
 from bridges.compare import CompareConfig, common_target, matched, ratios
 from bridges.report import bridge_lines, summary, table
+from distill import PruneConfig
 
 
 def _one(edges: int, nodes: int, empty: float = 0.7, meets: bool = True) -> dict:
@@ -65,15 +66,25 @@ def test_the_table_says_what_the_record_says() -> None:
     assert "+3.3%, NOT matched" in summary({**record, "matched": matched(far)})[0]
     test = {
         "site": "all", "test": "sufficiency", "share": 0.25, "loss": 0.2, "loss_full": 0.1, "controls": [0.6, 0.5],
-        "verdict": "above chance",
+        "verdict": "above chance", "p": {"random": 0.01, "channels": 0.02},
     }  # fmt: skip
     record["tasks"]["a"]["bridge"] = [test, {**test, "site": "0.resid_in"}]
     lines = bridge_lines(record)
     assert len(lines) == 1
-    assert "25% of the width): loss 0.200, model 0.100, random subspaces 0.550: above chance" in lines[0]
+    assert (
+        expected = "random subspaces 0.550: above chance (random p 0.01, channels p 0.02)"
+        assert f"25% of the width): loss 0.200, model 0.100, {expected}" in lines[0]
+        in lines[0]
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), [("test_pairs", 0), ("random_sets", 0), ("able", 0.8), ("empty", 0.0)])
 def test_impossible_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         CompareConfig(**{field: value})
+
+
+@pytest.mark.parametrize("settings", [{"relative": True}, {"goal": 0.1}])
+def test_settings_that_the_comparison_makes_itself_are_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="prune: relative and goal"):
+        CompareConfig(prune=PruneConfig(**settings))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.model import Architecture, Record, Replace, SparseTransformer, residual_sites
+from distill.model import Architecture, Record, Replace, SparseTransformer, residual_sites, set_path
 from distill.model.sites import KINDS
 from distill.model.transformer import LARGEST_BIGRAM
 
@@ -264,3 +264,25 @@ def test_a_new_model_starts_near_the_uniform_guess() -> None:
     model = SparseTransformer.build(Architecture(vocab_size=512, context=32, n_layer=2, d_model=64), seed=0)
     tokens = torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(0))
     assert model(tokens, labels=tokens).loss.item() == pytest.approx(math.log(512), abs=1.0)
+
+
+def test_compiled_and_plain_operations_agree() -> None:
+    model = SparseTransformer.build(Architecture(vocab_size=64, context=32, n_layer=2, d_model=64), seed=0)
+    tokens = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(0))
+    found = []
+    try:
+        for path in ("plain", "auto"):
+            set_path(path)
+            model.zero_grad()
+            loss = model(tokens, labels=tokens).loss
+            loss.backward()
+            found.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    finally:
+        set_path("auto")
+    (plain, wanted), (fast, got) = found
+    assert fast == pytest.approx(plain, rel=1e-5)
+    assert len(got) == len(wanted) > 20
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="path: 'fast'"):
+        set_path("fast")

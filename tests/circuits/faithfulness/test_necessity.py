@@ -65,9 +65,9 @@ def test_idle_nodes_are_flagged(circuit, planted, make_prompts, choose):
 def test_a_useless_circuit_is_flagged(circuit, planted, make_prompts, choose):
     # The draws avoid the chosen nodes, so that at this location they hit the one that carries the answer now and then.
     idle = circuit.with_nodes(choose(planted, ("0.attn.v.1", "0.attn.v.2", "0.attn.v.3", "0.attn.v.4")))
-    check = necessity(planted, idle, make_prompts(16, 5), sets=20, percentile=95.0)
+    check = necessity(planted, idle, make_prompts(16, 5), sets=20, percentile=100.0)
     assert check.value < 0.05
-    assert check.verdict == ("flag" if check.value < check.threshold else "pass")
+    assert check.verdict == "flag"
 
 
 def test_the_refitted_loss_never_exceeds_chance(circuit, planted, make_prompts, choose):
