@@ -71,11 +71,8 @@ def test_the_table_says_what_the_record_says() -> None:
     record["tasks"]["a"]["bridge"] = [test, {**test, "site": "0.resid_in"}]
     lines = bridge_lines(record)
     assert len(lines) == 1
-    assert (
-        expected = "random subspaces 0.550: above chance (random p 0.01, channels p 0.02)"
-        assert f"25% of the width): loss 0.200, model 0.100, {expected}" in lines[0]
-        in lines[0]
-    )
+    expected = "random subspaces 0.550: above chance (random p 0.01, channels p 0.02)"
+    assert f"25% of the width): loss 0.200, model 0.100, {expected}" in lines[0]
 
 
 @pytest.mark.parametrize(("field", "value"), [("test_pairs", 0), ("random_sets", 0), ("able", 0.8), ("empty", 0.0)])
