@@ -32,7 +32,7 @@ from distill.training.evaluate import heldout_loss
 
 SPARSE, DENSE = "sparse", "dense"
 """Names of the pair that the ratio is about."""
-SIZES = ("nodes", "edges_induced", "edges_embed", "edges_null")
+SIZES = ("nodes", "edges_induced", "edges_pruned", "edges_embed", "edges_null")
 MATCHED = 0.01
 """Largest relative difference of held-out losses within which two models count as matched."""
 RESERVED = frozenset({"target", "asked", "bridge"})

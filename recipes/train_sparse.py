@@ -53,6 +53,8 @@ class Options:
     """Seed of weights, of the held-out files and of the order of the data."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
+    linear_path: str = "auto"
+    """Which products leave out zeros: auto (timed at the start), sparse, dense, or a run's linear_path.json."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
     overwrite: bool = False
@@ -81,6 +83,7 @@ def train_sparse(options: Options) -> None:
         command="recipes/train_sparse.py",
         resume=options.resume,
         overwrite=options.overwrite,
+        linear_path=options.linear_path,
     )
     print(f"held-out loss {done.heldout_loss:.3f} nats per token after {done.tokens:,} tokens; model in {done.folder}")
 

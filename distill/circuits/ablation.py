@@ -5,10 +5,16 @@ model running. The mean is one number per node, except in models with positional
 on the position for reasons that have nothing to do with the task: there it is one number per position and node.
 
 The mean absolute activation is measured along the way: controls draw random nodes that are as active as a circuit's.
+
+Three other values stand beside it, and all are used alike, through `Means.at`: the mean over the task's own prompts
+(`task_means`), zero (`zeros`), and *resample*: what the nodes are at one token of the corpus, another one for each
+prompt
+and position and the same one for all nodes (`Resampled`). `FreezeNorms` keeps the norms at the full model's scales, so
+that a pruned residual stream, which is shorter, is not made up for by a larger gain.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.artifact import fingerprint, load_tensors, save_tensors
+from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
 from distill.model.sites import residual_sites
 
+ABLATIONS = ("mean", "task", "resample", "zero")
+"""Ablation values by name: mean over the corpus, mean over the task's prompts, resample, zero."""
 SINK_RATIO = 10.0
 """Position 0 is protected from this multiple of the median residual norm on (attention sinks of dense models)."""
 
@@ -50,14 +59,16 @@ class Means:
     """Number of tokens averaged over."""
     protect_first: bool = False
     """Whether position 0 is never ablated, as the residual norm there dwarfs that of the other positions."""
+    kind: str = "mean"
+    """Which of `ABLATIONS` these are."""
 
     @property
     def per_position(self) -> bool:
         """Whether there is one mean per position."""
         return next(iter(self.values.values())).dim() == 2
 
-    def at(self, location: str, length: int) -> Float[Tensor, "rows width"]:
-        """The mean activations at `location` for a run over `length` tokens: one row, or one per position.
+    def at(self, location: str, length: int) -> Float[Tensor, "*rows width"]:
+        """What nodes at `location` are set to in a run over `length` tokens: one row, or one per position.
 
         ValueError for an unknown location and where means per position do not reach `length`.
         """
@@ -73,6 +84,10 @@ class Means:
             )
         return value[:length]
 
+    def rows(self, chosen: Int[Tensor, "n"] | slice) -> "Means":
+        """The values for some rows of a batch only: the same ones, unless each row has its own (`Resampled`)."""
+        return self
+
     def to(self, device: torch.device | str) -> "Means":
         """The same means on another device."""
         if next(iter(self.values.values())).device == torch.device(device):
@@ -84,11 +99,12 @@ class Means:
         """Writes one safetensors file that names the model and the data it was measured with."""
         tensors = {f"mean/{name}": value.cpu().contiguous() for name, value in self.values.items()}
         tensors |= {f"magnitude/{name}": value.cpu().contiguous() for name, value in self.magnitude.items()}
-        save_tensors(Path(path), tensors, {"kind": "means", "model": self.model, **self.head()})
+        save_tensors(Path(path), tensors, {**self.head(), "kind": "means", "ablation": self.kind, "model": self.model})
 
     def head(self) -> dict[str, Any]:
         """What files of means and of circuits keep beside the tensors."""
-        return {"data": self.data, "tokens": self.tokens, "protect_first": self.protect_first}
+        record = {"data": self.data, "tokens": self.tokens, "protect_first": self.protect_first}
+        return record if self.kind == "mean" else {**record, "kind": self.kind}
 
     @classmethod
     def load(cls, path: str | Path, *, model: str | None = None, data: str | None = None) -> "Means":
@@ -115,7 +131,63 @@ class Means:
             data=metadata["data"],
             tokens=metadata["tokens"],
             protect_first=metadata["protect_first"],
+            kind=metadata.get("ablation", "mean"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampled(Means):
+    """Ablation by resampling: `values` hold activations at N corpus tokens, (N, width), or where they depend on the
+    position at N windows, (N, T, width); `index` says which of the N each position of each prompt gets."""
+
+    index: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    """(rows, T) int64."""
+
+    @property
+    def per_position(self) -> bool:
+        return next(iter(self.values.values())).dim() == 3
+
+    def at(self, location: str, length: int) -> Float[Tensor, "*rows width"]:
+        if location not in self.values:
+            raise ValueError(f"location: no means for {location!r}; there are {', '.join(self.values)}")
+        if length > self.index.shape[1]:
+            raise ValueError(f"length: {length} tokens, but values were drawn for {self.index.shape[1]}")
+        value, index = self.values[location], self.index[:, :length]
+        if value.dim() == 2:
+            return value[index]
+        return value[index, torch.arange(length, device=index.device)]
+
+    def rows(self, chosen: Int[Tensor, "n"] | slice) -> "Means":
+        return replace(self, index=self.index[chosen])
+
+    def to(self, device: torch.device | str) -> "Means":
+        if self.index.device == torch.device(device):
+            return self
+        moved = {location: value.to(device) for location, value in self.values.items()}
+        return replace(self, values=moved, index=self.index.to(device))
+
+
+class FreezeNorms:
+    """A tap that sets every norm's 1/sigma to given values, as `answers.frozen_norms` finds them in the full model.
+
+    `scales` by site, `{i}.attn.norm_scale`, `{i}.mlp.norm_scale`: (rows, T, 1); `final.norm_scale`: (rows, 1), at the
+    last token. The centring of a LayerNorm, which is linear, is not touched.
+    """
+
+    wants = frozenset({"norm_scale"})
+
+    def __init__(self, scales: Mapping[str, Tensor]) -> None:
+        self.scales = dict(scales)
+
+    def __call__(self, site: str, x: Tensor, /) -> Tensor:
+        if not site.endswith(".norm_scale"):
+            return x
+        scale = self.scales[site].to(x)
+        return scale if x.dim() == 2 else scale[:, : x.shape[1]]
+
+    def rows(self, chosen: Int[Tensor, "n"] | slice) -> "FreezeNorms":
+        """The scales for some rows of the batch only."""
+        return FreezeNorms({site: scale[chosen] for site, scale in self.scales.items()})
 
 
 class _Sums:
@@ -126,11 +198,14 @@ class _Sums:
         self.sum = {location: torch.zeros(length, width, **options) for location, width in widths.items()}
         self.magnitude = {location: torch.zeros(width, **options) for location, width in widths.items()}
         self.norm = {site: torch.zeros(length, **options) for site in residual}
+        self.weight: Tensor | None = None
+        """(rows, T, 1): which positions of which rows count; None counts all."""
 
     def __call__(self, site: str, x: Tensor, /) -> Tensor:
         if site in self.sum:
-            self.sum[site] += x.sum(0, dtype=torch.float64)
-            self.magnitude[site] += x.abs().sum((0, 1), dtype=torch.float64)
+            counted = x if self.weight is None else x * self.weight
+            self.sum[site] += counted.sum(0, dtype=torch.float64)
+            self.magnitude[site] += counted.abs().sum((0, 1), dtype=torch.float64)
         elif site in self.norm:
             self.norm[site] += x.norm(dim=-1).sum(0, dtype=torch.float64)
         return x
@@ -188,4 +263,107 @@ def node_means(
         data=windows_fingerprint(tokens),
         tokens=count,
         protect_first=sums.sink_ratio() > SINK_RATIO,
+    )
+
+
+def cached_means(model: Runnable, windows: Int[Tensor, "n T"] | np.ndarray, folder: Path) -> Means:
+    """`node_means`, kept in `folder` in a file whose name holds the fingerprints of the model and of the windows."""
+    key = fingerprint({"model": model.fingerprint(), "windows": windows_fingerprint(windows)})
+    path = folder / f"{key[:24]}.safetensors"
+    if path.is_file():
+        return Means.load(path, model=model.fingerprint(), data=windows_fingerprint(windows))
+    means = node_means(model, windows)
+    folder.mkdir(parents=True, exist_ok=True)
+    means.save(path)
+    return means
+
+
+def zeros(means: Means) -> Means:
+    """Zero as the ablation value of every node."""
+    values = {location: torch.zeros_like(value) for location, value in means.values.items()}
+    return replace(means, values=values, kind="zero")
+
+
+def task_means(model: Runnable, batch: TaskBatch, means: Means, *, rows: int = 64) -> Means:
+    """Mean activation of every node over the prompts of a task, both members of each pair, padding left out.
+
+    One mean per position where `means` have that (positions that no prompt reaches keep the corpus mean). `rows` is
+    the number of prompts run at once; `magnitude` stays that of the corpus. NonFiniteError names a broken location.
+    """
+    device = next(model.parameters()).device
+    length = batch.tokens.shape[1]
+    sums = _Sums(model.widths, (), length, device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(batch), rows):
+            part = batch.select(slice(start, start + rows)).to(device)
+            sums.weight = (torch.arange(length, device=device) <= part.last[:, None])[..., None]
+            model.run(part.tokens, tap=sums, stop="final_resid")
+    model.train(training)
+    at_position = (torch.arange(length) <= batch.last[:, None]).sum(0).to(device)
+    values: dict[str, Tensor] = {}
+    for location, total in sums.sum.items():
+        if not bool(total.isfinite().all()):
+            raise NonFiniteError(f"{location}: activations are not finite on the task's prompts")
+        if means.per_position:
+            values[location] = means.values[location].clone().to(device)
+            values[location][:length] = (total / at_position[:, None].clamp_min(1)).float()
+        else:
+            values[location] = (total.sum(0) / at_position.sum()).float()
+    return replace(means, values=values, kind="task", tokens=int(at_position.sum()), data=fingerprint(_tokens(batch)))
+
+
+def _tokens(batch: TaskBatch) -> dict[str, Tensor]:
+    return {"tokens": batch.tokens.cpu(), "last": batch.last.cpu()}
+
+
+def resampled(
+    model: Runnable,
+    windows: Int[Tensor, "n T"] | np.ndarray,
+    batch: TaskBatch,
+    means: Means,
+    *,
+    pool: int = 1024,
+    seed: int = 0,
+) -> Resampled:
+    """Draws for each position of each prompt of `batch` one corpus token whose activations ablated nodes take.
+
+    Drawn from about `pool` tokens of `windows`, evenly spread over them; where `means` are per position, from the same
+    position of another window. NonFiniteError names a broken location, ValueError for windows shorter than a prompt.
+    """
+    tokens = as_tokens(windows)
+    length = batch.tokens.shape[1]
+    if means.per_position and tokens.shape[1] < length:
+        raise ValueError(f"windows: {tokens.shape[1]} tokens long, but prompts have up to {length}")
+    used = tokens[:, :length] if means.per_position else tokens
+    number = min(len(used), max(1, -(-pool // used.shape[1])))
+    used = used[torch.linspace(0, len(used) - 1, number).long()]
+    kept: dict[str, Tensor] = {}
+
+    def keep(site: str, x: Tensor, /) -> Tensor:
+        if site in model.widths:
+            kept[site] = x.detach()
+        return x
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model.run(used.to(next(model.parameters()).device), tap=keep, stop="final_resid")
+    model.train(training)
+    for location, value in kept.items():
+        if not bool(value.isfinite().all()):
+            raise NonFiniteError(f"{location}: activations are not finite on the windows given; the model is broken")
+    values = {location: value if means.per_position else value.flatten(0, 1) for location, value in kept.items()}
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(next(iter(values.values()))), tuple(batch.tokens.shape), generator=generator)
+    return Resampled(
+        values=values,
+        magnitude=means.magnitude,
+        model=means.model,
+        data=windows_fingerprint(tokens),
+        tokens=used.numel(),
+        protect_first=means.protect_first,
+        kind="resample",
+        index=index.to(next(iter(values.values())).device),
     )

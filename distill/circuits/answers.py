@@ -3,9 +3,13 @@
 The task loss is the two-way cross-entropy between the right and the wrong answer, mean over prompts; chance is
 ln 2 = 0.693 nats. Both members of each pair count [G 2.2].
 
-Calibration is two numbers fitted on training prompts [G A.5]: a scale >= 0 on the difference of the two logits, and a
-shift of the first class's logit against the second's. The shift is tied to the *class* of the answer, never to right
-against wrong, which would tell the answer away; there is none where the answer tokens vary from pair to pair.
+Calibration is two numbers [G A.5]: a scale >= 0 on the difference of the two logits, and a shift of the first class's
+logit against the second's. The shift is tied to the *class* of the answer, never to right against wrong, which would
+tell the answer away; there is none where the answer tokens vary from pair to pair.
+
+On prompts that a circuit gets right throughout, the best scale is infinite, and on others that it then gets wrong the
+loss explodes. So both numbers are fitted to smoothed targets: with n prompts the right answer is taken to be right with
+probability (n + 1) / (n + 2), as Platt does, which bounds scale * difference near log(n + 1).
 """
 
 import math
@@ -18,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from distill.circuits.ablation import NonFiniteError
+from distill.circuits.ablation import FreezeNorms, NonFiniteError
 from distill.circuits.tasks import TaskBatch, logit_difference
 from distill.model.run import Runnable
 from distill.model.sites import Tap, chain
@@ -86,7 +90,7 @@ def answer_logits(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> 
     tokens, last = batch.tokens.to(device), batch.last.to(device)
     rows = torch.arange(len(tokens), device=device)
     residual = model.run(tokens, tap=tap, stop="final_resid")[rows, last]
-    return model.readout(residual, tokens[rows, last])
+    return model.readout(residual, tokens[rows, last], tap=tap)
 
 
 def answer_difference(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> Float[Tensor, "n"]:
@@ -107,21 +111,46 @@ def two_way_loss(difference: Float[Tensor, "n"]) -> Float[Tensor, ""]:
     return softplus(-difference).mean()
 
 
-def calibrate(difference: Float[Tensor, "n"], orientation: Float[Tensor, "n"], *, shift: bool = True) -> Calibration:
+@torch.no_grad()
+def frozen_norms(model: Runnable, batch: TaskBatch) -> FreezeNorms:
+    """A tap that keeps every norm at the scale it has when the whole model runs on these prompts."""
+    scales: dict[str, Tensor] = {}
+
+    class Keep:
+        wants = FreezeNorms.wants
+
+        def __call__(self, site: str, x: Tensor, /) -> Tensor:
+            if site.endswith(".norm_scale"):
+                scales[site] = x.detach()
+            return x
+
+    answer_logits(model, batch, Keep())
+    return FreezeNorms(scales)
+
+
+def calibrate(
+    difference: Float[Tensor, "n"], orientation: Float[Tensor, "n"], *, shift: bool = True, smooth: bool = True
+) -> Calibration:
     """Scale >= 0 and shift of least task loss on the prompts given, by 16 steps of L-BFGS [G A.5].
 
-    The loss is convex, so where the free optimum has a negative scale the bound is active: the scale is 0 and the
-    shift is fitted alone. With `shift` off, or `orientation` 0, only the scale is fitted.
+    `smooth` fits to smoothed targets (see the module's docstring) and leaves the logits as they are where this fit
+    would do worse on the same prompts; without it the loss itself is minimised, and the scale may be huge. The loss is
+    convex, so where the free optimum has a negative scale the bound is active: the scale is 0 and the shift is fitted
+    alone. With `shift` off, or `orientation` 0, only the scale is fitted.
     """
     difference, orientation = difference.detach().double().cpu(), orientation.double().cpu()
     shift = shift and bool(orientation.any())
-    fitted = _fit(difference, orientation, scale=True, shift=shift)
-    if fitted.scale >= 0:
-        return fitted
-    return replace(_fit(difference, orientation, scale=False, shift=True) if shift else fitted, scale=0.0)
+    doubt = 1 / (len(difference) + 2) if smooth else 0.0
+    fitted = _fit(difference, orientation, doubt, scale=True, shift=shift)
+    if fitted.scale < 0:
+        alone = _fit(difference, orientation, doubt, scale=False, shift=True) if shift else fitted
+        fitted = replace(alone, scale=0.0)
+    if smooth and two_way_loss(difference) < two_way_loss(fitted(difference, orientation)):
+        return Calibration()
+    return fitted
 
 
-def _fit(difference: Tensor, orientation: Tensor, *, scale: bool, shift: bool) -> Calibration:
+def _fit(difference: Tensor, orientation: Tensor, doubt: float, *, scale: bool, shift: bool) -> Calibration:
     start = torch.tensor([1.0 if scale else 0.0, 0.0], dtype=torch.float64, requires_grad=True)
     used = torch.tensor([scale, shift], dtype=torch.float64)
     optimizer = torch.optim.LBFGS([start], max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe")
@@ -129,7 +158,9 @@ def _fit(difference: Tensor, orientation: Tensor, *, scale: bool, shift: bool) -
     def closure() -> Tensor:
         optimizer.zero_grad()
         free = start * used
-        loss = two_way_loss(free[0] * difference + free[1] * orientation)
+        moved = free[0] * difference + free[1] * orientation
+        # Cross-entropy against right with probability 1 - doubt, wrong with probability doubt.
+        loss = (softplus(-moved) + doubt * moved).mean()
         loss.backward()
         return loss
 
@@ -139,10 +170,11 @@ def _fit(difference: Tensor, orientation: Tensor, *, scale: bool, shift: bool) -
 
 
 @torch.no_grad()
-def check_finite(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> None:
+def check_finite(model: Runnable, batch: TaskBatch, tap: Tap | None = None, *, rows: int | None = None) -> None:
     """NonFiniteError naming the first place in a run where an activation is infinite or not a number.
 
-    Finite logits do not say as much: attention may turn what is not a number into 0.
+    Finite logits do not say as much: attention may turn what is not a number into 0. `rows` prompts are run at once,
+    by default all of them.
     """
     found: list[str] = []
 
@@ -151,6 +183,8 @@ def check_finite(model: Runnable, batch: TaskBatch, tap: Tap | None = None) -> N
             found.append(site)
         return x
 
-    answer_logits(model, batch, look if tap is None else chain(look, tap))
-    if found:
-        raise NonFiniteError(f"{found[0]}: activations are not finite on the task's prompts")
+    for start in range(0, len(batch), rows or len(batch)):
+        part = batch.select(slice(start, start + (rows or len(batch))))
+        answer_logits(model, part, look if tap is None else chain(look, tap))
+        if found:
+            raise NonFiniteError(f"{found[0]}: activations are not finite on the task's prompts")

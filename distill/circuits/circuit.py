@@ -1,9 +1,11 @@
 """A circuit: the nodes of one model that one task needs, with all that it takes to run, count and compare them.
 
 An edge is a non-zero weight between two kept nodes [G 2.2]; the edges of q, k, v, of the attention output and of the
-two MLP matrices make up `edges_induced`, the count that the source reports. Embedding and unembedding are never
-masked; their entries that touch the circuit are counted apart, `edges_embed`: the non-zeros in embedding columns c that
-a kept read `act_in.c` sees, and in unembedding columns c that a kept write `resid_delta.c` reaches.
+two MLP matrices make up `edges_induced`, the count that the source reports. A circuit may keep only some of these
+(`kept_edges`); their number is `edges_pruned`, and what a dropped one amounts to stands in `distill.circuits.edges`.
+Embedding and unembedding are never masked; their entries that touch the circuit are counted apart, `edges_embed`: the
+non-zeros in embedding columns c that a kept read `act_in.c` sees, and in unembedding columns c that a kept write
+`resid_delta.c` reaches.
 
 A file `*.circuit.safetensors` holds everything, the ablation values included.
 """
@@ -14,16 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from scipy import sparse
 from torch import Tensor
 
 from distill.artifact import ArtifactError, load_tensors, save_tensors, versions
 from distill.circuits.ablation import Means
 from distill.circuits.answers import Calibration
-from distill.circuits.masks import MaskTap, Nodes, node_count
+from distill.circuits.edges import (
+    EdgeSet,
+    checked_edges,
+    circuit_tap,
+    edge_difference,
+    edge_intersection,
+    edge_total,
+    edge_union,
+    induced_edge_set,
+)
+from distill.circuits.masks import Nodes, node_count
+from distill.circuits.standalone import Standalone, standalone
 from distill.model.run import Runnable
-from distill.model.sites import node_name
+from distill.model.sites import Tap, node_name
 
 SUFFIX = ".circuit.safetensors"
 
@@ -59,6 +72,13 @@ class Circuit:
     """Task loss that was asked for, in nats."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Configuration, seed, label, seconds, and library versions."""
+    kept_edges: EdgeSet | None = None
+    """Kept edges by (source location, target location), (2, n): target channels above source channels; none: all that
+    join two kept nodes. Checked and sorted when a circuit is made."""
+
+    def __post_init__(self) -> None:
+        if self.kept_edges is not None:
+            object.__setattr__(self, "kept_edges", checked_edges(self.kept_edges, self.nodes))
 
     @property
     def n_nodes(self) -> int:
@@ -79,21 +99,51 @@ class Circuit:
                 f"but the model given has {found[:12]}; load the model it was made for"
             )
 
-    def tap(self, model: Runnable, *, competition: bool = False) -> MaskTap:
+    def tap(self, model: Runnable, *, competition: bool = False) -> Tap:
         """A tap under which `model` runs only this circuit. CircuitMismatchError for another model."""
-        self.check(model)
-        return MaskTap(self.nodes, self.means, competition=competition)
+        return circuit_tap(model, self.nodes, self.means, self._edges_of(model), competition=competition)
+
+    def to_module(self, model: Runnable, *, first_tokens: Int[Tensor, "F"] | None = None) -> Standalone:
+        """The circuit without its model: a torch module with the same logits (`distill.circuits.standalone`).
+
+        `first_tokens` are those that may stand at position 0 where that is protected from ablation; none: any.
+        CircuitMismatchError for another model; ValueError for one whose circuits cannot stand alone.
+        """
+        return standalone(model, self.nodes, self.means, self._edges_of(model), first_tokens=first_tokens)
+
+    def edge_set(self, model: Runnable) -> EdgeSet:
+        """The kept edges by their channels, `edges_induced` where none were dropped. CircuitMismatchError likewise."""
+        kept = self._edges_of(model)
+        return induced_edge_set(model, self.nodes) if kept is None else kept
 
     def edges(self, model: Runnable) -> Edges:
-        """Weights of `edges_induced`: every non-zero between two kept nodes. CircuitMismatchError for another model."""
+        """Weights of the kept edges. CircuitMismatchError for another model."""
+        return edge_weights(model, self.edge_set(model))
+
+    def _edges_of(self, model: Runnable) -> EdgeSet | None:
+        """`kept_edges`, each of which has to be a weight of the model."""
         self.check(model)
-        return induced_edges(model, self.nodes)
+        if self.kept_edges is None:
+            return None
+        stray = edge_difference(self.kept_edges, induced_edge_set(model, self.nodes))
+        for (source, target), index in stray.items():
+            if index.shape[1]:
+                ends = node_name(source, int(index[1, 0])), node_name(target, int(index[0, 0]))
+                raise CircuitMismatchError(
+                    f"circuit: keeps the edge {ends[0]} -> {ends[1]}, where the model has no weight"
+                )
+        return self.kept_edges
 
     def counts(self, model: Runnable) -> dict[str, int | float]:
-        """nodes, edges_induced, edges_embed, and edges_null, the edges expected of as many nodes drawn blindly."""
+        """nodes, edges_induced, edges_pruned, edges_embed, and edges_null.
+
+        edges_induced counts all that join two kept nodes, edges_pruned those of them that are kept, edges_null those
+        that are expected between as many nodes drawn blindly.
+        """
         return {
             "nodes": self.n_nodes,
-            "edges_induced": sum(matrix.nnz for matrix in self.edges(model).values()),
+            "edges_induced": edge_total(induced_edge_set(model, self.nodes)),
+            "edges_pruned": edge_total(self.edge_set(model)),
             "edges_embed": embed_edges(model, self.nodes),
             "edges_null": null_edges(model, self.nodes),
         }
@@ -115,17 +165,52 @@ class Circuit:
         either = node_count(self.union(other))
         return node_count(self.intersection(other)) / either if either else 1.0
 
+    def edge_union(self, other: "Circuit", model: Runnable) -> EdgeSet:
+        """Edges in either circuit of `model`."""
+        return edge_union(*self._edge_sets(other, model))
+
+    def edge_intersection(self, other: "Circuit", model: Runnable) -> EdgeSet:
+        """Edges in both circuits of `model`."""
+        return edge_intersection(*self._edge_sets(other, model))
+
+    def edge_difference(self, other: "Circuit", model: Runnable) -> EdgeSet:
+        """Edges in this circuit of `model` and not in the other."""
+        return edge_difference(*self._edge_sets(other, model))
+
+    def edge_jaccard(self, other: "Circuit", model: Runnable) -> float:
+        """Shared edges over edges in either, in [0, 1]; 1 for two circuits without an edge."""
+        one, two = self._edge_sets(other, model)
+        either = edge_total(edge_union(one, two))
+        return edge_total(edge_intersection(one, two)) / either if either else 1.0
+
     def with_nodes(self, nodes: Nodes) -> "Circuit":
-        """The same model, task and ablation values with other nodes; losses and calibration are to be measured anew."""
-        return replace(self, nodes=nodes, losses={}, calibration=Calibration())
+        """The same model, task and ablation values with other nodes and all edges between them.
+
+        Losses and calibration are to be measured anew.
+        """
+        return replace(self, nodes=nodes, kept_edges=None, losses={}, calibration=Calibration())
+
+    def with_edges(self, edges: EdgeSet | None) -> "Circuit":
+        """The same nodes with other edges, none for all between them; losses and calibration are to be measured anew.
+
+        ValueError for an edge that has an end outside the nodes.
+        """
+        return replace(self, kept_edges=edges, losses={}, calibration=Calibration())
+
+    def _edge_sets(self, other: "Circuit", model: Runnable) -> tuple[EdgeSet, EdgeSet]:
+        self._check_same(other)
+        return self.edge_set(model), other.edge_set(model)
 
     def _joined(self, other: "Circuit", join: Any) -> Nodes:
+        self._check_same(other)
+        return {location: join(mask, other.nodes[location]) for location, mask in self.nodes.items()}
+
+    def _check_same(self, other: "Circuit") -> None:
         if self.model != other.model:
             raise CircuitMismatchError(
                 f"circuit: {self.model_name!r} ({self.model[:12]}) and {other.model_name!r} ({other.model[:12]}) are "
-                "different models; nodes can only be compared within one"
+                "different models; nodes and edges can only be compared within one"
             )
-        return {location: join(mask, other.nodes[location]) for location, mask in self.nodes.items()}
 
     def save(self, path: str | Path) -> Path:
         """Writes one file; the name must end in `.circuit.safetensors`. Returns the path."""
@@ -136,7 +221,9 @@ class Circuit:
         tensors |= {f"scores/{location}": score for location, score in self.scores.items()}
         tensors |= {f"mean/{location}": value for location, value in self.means.values.items()}
         tensors |= {f"magnitude/{location}": value for location, value in self.means.magnitude.items()}
-        metadata = {"kind": "circuit", **self._head(), "means": self.means.head()}
+        for (source, target), index in (self.kept_edges or {}).items():
+            tensors[f"edges/{source}/{target}"] = index.to(torch.int32)
+        metadata = {"kind": "circuit", **self._head(), "means": self.means.head(), "edges": self.kept_edges is not None}
         save_tensors(path, tensors, metadata)
         return path
 
@@ -152,8 +239,10 @@ class Circuit:
                     if f"{what}/{location}" not in tensors:
                         raise ArtifactError(f"{path}: holds no {what} of {location}, so it is no whole circuit")
                     group[location] = tensors[f"{what}/{location}"]
+            nodes, edges = _read_nodes(path, groups), _read_edges(tensors) if head.get("edges") else None
             return cls(
-                nodes=groups["nodes"],
+                nodes=nodes,
+                kept_edges=edges,
                 scores=groups["scores"],
                 means=Means(values=groups["mean"], magnitude=groups["magnitude"], model=head["model"], **head["means"]),
                 calibration=Calibration(**head["calibration"]),
@@ -161,6 +250,10 @@ class Circuit:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: is no whole circuit, {error} is missing or of the wrong kind") from error
+        except ArtifactError:
+            raise
+        except ValueError as error:
+            raise ArtifactError(f"{path}: is no whole circuit; {error}") from error
 
     def to_json(self, model: Runnable | None = None) -> dict[str, Any]:
         """A readable summary; with the model also counts and every edge as [source, target, weight].
@@ -191,15 +284,41 @@ def names_of(nodes: Nodes) -> list[str]:
     return [node_name(location, int(c)) for location, mask in nodes.items() for c in mask.nonzero()[:, 0]]
 
 
-def induced_edges(model: Runnable, nodes: Mapping[str, Bool[Tensor, "width"]]) -> Edges:
-    """Every non-zero weight between two kept nodes, by (source location, target location) [G 2.2]."""
+def _read_nodes(path: str | Path, groups: Mapping[str, Nodes]) -> Nodes:
+    """The nodes of a file, whose tensors have to fit each other."""
+    for location, mask in groups["nodes"].items():
+        shape = tuple(mask.shape)
+        if mask.dtype != torch.bool or mask.dim() != 1:
+            raise ArtifactError(
+                f"{path}: nodes of {location} are {mask.dtype} of shape {shape}; allowed is one bool each"
+            )
+        for what in ("scores", "mean", "magnitude"):
+            if groups[what][location].shape[-1:] != mask.shape:
+                found = tuple(groups[what][location].shape)
+                raise ArtifactError(f"{path}: {what} of {location} has shape {found} for {len(mask)} nodes")
+    return groups["nodes"]
+
+
+def _read_edges(tensors: Mapping[str, Tensor]) -> EdgeSet:
+    """The kept edges of a file; `Circuit` checks them against its nodes."""
+    found: EdgeSet = {}
+    for name, index in tensors.items():
+        what, _, matrix = name.partition("/")
+        if what == "edges":
+            source, _, target = matrix.partition("/")
+            found[source, target] = index
+    return found
+
+
+def edge_weights(model: Runnable, edges: EdgeSet) -> Edges:
+    """Weights of some edges of a model, by (source location, target location)."""
+    weights = model.matrices()
     found: Edges = {}
-    for (source, target), weight in model.matrices().items():
-        columns = nodes[source].nonzero()[:, 0].numpy()
-        rows = nodes[target].nonzero()[:, 0].numpy()
-        block = sparse.coo_array(weight[rows][:, columns].float().cpu().numpy())
-        place = (rows[block.coords[0]], columns[block.coords[1]])
-        found[source, target] = sparse.csr_array((block.data, place), shape=tuple(weight.shape))
+    for matrix, index in edges.items():
+        weight = weights[matrix]
+        at = index.to(weight.device)
+        values = weight[at[0], at[1]].float().cpu().numpy()
+        found[matrix] = sparse.csr_array((values, tuple(index.numpy())), shape=tuple(weight.shape))
     return found
 
 

@@ -150,6 +150,12 @@ class MaskTap:
         return torch.cat([x[:, :1], ablated[:, 1:]], dim=1)
 
 
+def ablated(x: Float[Tensor, "B T width"], location: str, means: Means) -> Float[Tensor, "B T width"]:
+    """What the nodes at a location would be if all of them were masked out of a run in which they are `x`."""
+    value = means.at(location, x.shape[1]).to(x).expand_as(x)
+    return torch.cat([x[:, :1], value[:, 1:]], 1) if means.protect_first else value
+
+
 def all_nodes(widths: Mapping[str, int], keep: bool = True) -> Nodes:
     """Every node of a model, or with `keep` off none."""
     return {location: torch.full((width,), keep) for location, width in widths.items()}

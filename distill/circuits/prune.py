@@ -1,23 +1,25 @@
 """Pruning: from a model and a task to a small circuit in one run [G 2.2, A.5].
 
-In the order of the code:
+The steps, each in the file that is named:
 
-1. *Screen*: rank the nodes by attribution, and start near the smallest circuit that this ranking gives.
-2. *Learn* a mask per node: minimise task loss + coefficient * (number of kept nodes). The coefficient is fixed, as in
-   the source, or is found on the way: the constraint controller raises the price of a node while the loss is under the
-   target and lowers it while the loss is above, so that there is nothing to tune.
-3. *Discretise*: rank the nodes by tau and find, on one fixed batch of validation prompts, the smallest number of
-   nodes whose task loss meets the target: a grid first, as the loss is not monotone in the number kept, then bisection.
-   From here on pruned channels do not compete for AbsTopK slots.
-4. *Clean up*: remove further nodes, those first of which the gradient says that they matter least, in batches that grow
-   while the target still holds and halve where it does not, down to single nodes.
-5. *Calibrate*: fit scale and shift of the answers' logit difference on training prompts.
+1. *Screen* (`attribution`): rank the nodes by gradients, and start near the smallest circuit that this ranking gives.
+2. *Learn* (`search`) a mask per node (`estimators`): minimise what the circuit has to do (`objectives`) + the price
+of a
+   node * (number of kept nodes). The price is fixed, as in the source, or is found on the way (`controllers`): it rises
+   while the loss is under the target and falls while it is above, so that there is nothing to tune.
+3. *Discretise* (`selection`): rank the nodes by what was learned and find, on one fixed batch of validation prompts
+   (`judge`), the smallest number of nodes that meets the goal: a grid first, as the loss is not monotone in the number
+   kept, then bisection. From here on pruned channels do not compete for AbsTopK slots.
+4. *Clean up* (`thinning`): remove further nodes, those first of which the gradient says that they matter least, in
+batches
+   that grow while the goal is still met and halve where it is not, down to single nodes; then edges in the same way.
+5. *Verify* on prompts that had no part in this, going back along the clean-up where it went too far.
+6. *Calibrate*: fit scale and shift of the answers' logit difference on the validation prompts.
 """
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -25,116 +27,31 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.circuits.ablation import Means, MeansMismatchError
-from distill.circuits.answers import CHANCE, answer_difference, check_finite, frozen, joined, take, two_way_loss
-from distill.circuits.attribution import attribute
+from distill.circuits.answers import frozen, joined, take
 from distill.circuits.circuit import Circuit
-from distill.circuits.masks import MaskTap, NodeMasks, all_nodes
-from distill.circuits.selection import Judge, as_nodes, clean_up, discretise, smallest
+from distill.circuits.estimators import as_nodes
+from distill.circuits.memory import out_of_memory
+from distill.circuits.search import Found, Search, Spent
+from distill.circuits.selection import TargetError
+from distill.circuits.settings import RELATIVE, Goal, PruneConfig, goal_for, require, target_for
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.model.run import Runnable
 
-OBJECTIVES = ("paper",)
-CONTROLLERS = ("constraint", "coefficient")
-RELATIVE = 0.83
-"""Share of the way from chance to the full model that a circuit has to keep under a relative target."""
 LABEL_BETTER = "better than the model: not faithful"
+
+__all__ = ["LABEL_BETTER", "RELATIVE", "PruneConfig", "Split", "prune", "prune_batches", "split_prompts", "target_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """How a circuit is searched for [G A.5]; every value is checked when it is made."""
+class Split:
+    """The prompts of one search."""
 
-    target: float = 0.15
-    """Task loss that the circuit has to meet, in nats per prompt (chance is 0.693)."""
-    goal: float | None = None
-    """Loss to be met on validation prompts, in nats; none: worked out of target and headroom."""
-    headroom: float = 0.3
-    """Share of the target that is left free on validation prompts, in [0, 1): prompts that pruning never saw are of
-    other templates, on which a circuit that just meets the target misses it."""
-    relative: bool = False
-    """Take ln 2 - 0.83 (ln 2 - loss of the full model) as the target instead, for models out of reach of `target`."""
-    objective: str = "paper"
-    """What has to hold: paper (task loss with everything else ablated)."""
-    controller: str = "constraint"
-    """How a node is priced: constraint (the price follows the target) or coefficient (`k_coef`, as in the source)."""
-    k_coef: float = 1e-4
-    """Price of a node in nats: fixed under coefficient, the starting point under constraint."""
-    price_rate: float = 0.1
-    """Largest change of the logarithm of the price in one step, under constraint."""
-    smoothing: float = 0.9
-    """Decay of the running mean of the loss that the price follows, in [0, 1)."""
-    steps: int = 120
-    """Optimiser steps."""
-    pairs: int = 8
-    """Pairs of prompts per step; each pair is two prompts."""
-    train_pairs: int = 256
-    """Pairs of the training split to draw steps from."""
-    val_pairs: int = 32
-    """Pairs of the validation split that decide which nodes stay."""
-    lr: float = 3e-2
-    """Learning rate of tau at its peak; the source has 3e-3 and far more steps."""
-    weight_decay: float = 1e-3
-    """Weight decay of tau."""
-    beta1: float = 0.9
-    """Decay of Adam's first moment."""
-    beta2: float = 0.95
-    """Decay of Adam's second moment."""
-    warmup: float = 0.05
-    """Share of the steps over which the rate rises; it falls linearly to 0 afterwards."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient of tau."""
-    screen: int = 8
-    """Points of the attribution that chooses where learning starts; 0 starts with all nodes on, as the source."""
-    start_room: float = 2.0
-    """Nodes on at the start, as a multiple of the smallest screened circuit that meets the target."""
-    start_spread: float = 0.3
-    """tau of the first screened node at the start; it falls linearly along the ranking."""
-    init_bias: float = 0.1
-    """Mean of tau at the start without screening."""
-    init_noise: float = 1e-2
-    """Standard deviation of tau at the start without screening."""
-    temperature: float = 1.0
-    """Temperature of the surrogate gradient's sigmoid."""
-    tie_qk: bool = True
-    """Whether channel c of q and of k share one mask where the two are equally wide."""
-    calibrated: bool = False
-    """Whether the target is judged after calibration; both losses are reported either way."""
-    margin: float = 1.0
-    """Standard errors of the validation loss that have to fit under the target on top of the loss."""
-    clean_up: int = 100
-    """Most validation runs spent on removing nodes after discretising; 0 leaves the clean-up out."""
-    time_budget: float | None = None
-    """Seconds to stay within, by fewer steps and a shorter clean-up; results then depend on the machine's speed."""
-    seed: int = 0
-    """Seed of masks, prompts and their order."""
-
-    def __post_init__(self) -> None:
-        _require(self.objective in OBJECTIVES, "objective", self.objective, ", ".join(OBJECTIVES))
-        _require(self.controller in CONTROLLERS, "controller", self.controller, ", ".join(CONTROLLERS))
-        for name in ("target", "k_coef", "lr", "grad_clip", "temperature"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "numbers above 0")
-        for name in ("price_rate", "weight_decay", "init_noise", "margin"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "0 and more")
-        for name in ("headroom", "smoothing", "beta1", "beta2", "warmup"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "numbers in [0, 1)")
-        for name in ("steps", "pairs", "train_pairs", "val_pairs"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
-        for name in ("clean_up", "screen"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 and more")
-        _require(self.start_room >= 1, "start_room", self.start_room, "1 and more")
-        _require(0 < self.start_spread <= 1, "start_spread", self.start_spread, "numbers in (0, 1]")
-        _require(-1 <= self.init_bias <= 1, "init_bias", self.init_bias, "numbers in [-1, 1]")
-        goal = self.goal
-        _require(goal is None or 0 < goal <= self.target, "goal", goal, "numbers above 0 up to target, or none")
-        budget = self.time_budget
-        _require(budget is None or budget > 0, "time_budget", budget, "numbers above 0, or none")
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}")
+    train: TaskBatch
+    """Masks are learned on these."""
+    val: TaskBatch
+    """These decide which nodes stay."""
+    verify: TaskBatch | None = None
+    """What is found is verified on these; none: it is not."""
 
 
 def prune(
@@ -145,31 +62,58 @@ def prune(
     config: PruneConfig,
     *,
     model_name: str = "",
+    corpus: Int[Tensor, "n T"] | None = None,
 ) -> Circuit:
     """Finds a small circuit of `model` for `task` whose loss meets `config.target` [G 2.2, A.5].
 
-    Learns and calibrates on the task's training split, decides on its validation split; the test split is left for
-    judging. `means` are the ablation values (`node_means`), `model_name` is for people. The model's weights are left
-    untouched. See `prune_batches` for what is raised.
+    Learns on the task's training split, decides on its validation split; the test split is left for judging. `means`
+    are
+    the ablation values (`node_means`), `model_name` is for people, `corpus` the windows that resample draws from. The
+    model's weights are left untouched. See `prune_batches` for what is raised.
     """
-    train, val = (
-        encode(task, tokenizer, split, min(pairs, task.size(split)), config.seed, context=model.context)
-        for split, pairs in (("train", config.train_pairs + config.val_pairs), ("val", config.val_pairs))
+    split = split_prompts(task, tokenizer, config, context=model.context)
+    return prune_batches(
+        model,
+        task.name,
+        split.train,
+        split.val,
+        means,
+        config,
+        verify=split.verify,
+        model_name=model_name,
+        corpus=corpus,
     )
-    train, val = hold_back(train, val)
-    return prune_batches(model, task.name, train, val, means, config, model_name=model_name)
 
 
-def hold_back(train: TaskBatch, val: TaskBatch) -> tuple[TaskBatch, TaskBatch]:
-    """Moves as many pairs as `val` has, at most a third, from the end of the training to the validation prompts.
+def split_prompts(
+    task: Task, tokenizer: PreTrainedTokenizerBase, config: PruneConfig, *, context: int | None = None
+) -> Split:
+    """Prompts to learn on, to decide on and to verify on.
 
-    A circuit that is cut down on the templates of the validation split alone forgets those it was learned on, and does
-    worse on further ones.
+    Deciding and verifying take half of their pairs from the validation split and half, at most a sixth of all, from the
+    training split: a circuit that is cut down on the templates of the validation split alone forgets those it was
+    learned
+    on, and does worse on further ones. The three share no pair.
     """
-    pairs = len(train) // 2
-    kept = torch.arange(pairs - min(len(val) // 2, pairs // 3))
-    moved = torch.arange(len(kept), pairs)
-    return take(train, kept), joined(val, take(train, moved))
+    wanted = config.val_pairs + config.verify_pairs
+    train, val = (
+        encode(task, tokenizer, split, min(pairs, task.size(split)), config.seed, context=context)
+        for split, pairs in (("train", config.train_pairs + wanted), ("val", wanted))
+    )
+    pairs, held = len(train) // 2, len(val) // 2
+    judging = max(1, min(config.val_pairs, held // 2 if held < wanted else config.val_pairs))
+    moved = min(judging, pairs // 6)
+    second = min(held - judging, config.verify_pairs, pairs // 6)
+    rest = pairs - moved - second
+
+    def of(batch: TaskBatch, start: int, stop: int) -> TaskBatch:
+        return take(batch, torch.arange(start, stop))
+
+    decide = joined(of(val, 0, judging), of(train, rest, rest + moved)) if moved else of(val, 0, judging)
+    if second < 1:
+        return Split(train=of(train, 0, rest), val=decide)
+    check = joined(of(val, judging, judging + second), of(train, rest + moved, pairs))
+    return Split(train=of(train, 0, rest), val=decide, verify=check)
 
 
 def prune_batches(
@@ -180,199 +124,131 @@ def prune_batches(
     means: Means,
     config: PruneConfig,
     *,
+    verify: TaskBatch | None = None,
     model_name: str = "",
+    corpus: Int[Tensor, "n T"] | None = None,
 ) -> Circuit:
     """`prune` on prompts that are encoded already.
 
     MeansMismatchError where `means` belong to another model; NonFiniteError naming the place where an activation is not
-    finite; TargetError where nothing that was found meets the target; ValueError for an empty batch.
+    finite; TargetError where nothing that was found meets the target, or, under the faithful objective, where the model
+    itself does not; DeviceMemoryError, saying how many prompts fit; ValueError for an empty batch.
     """
-    _require(min(len(train), len(val)) > 0, "task", task_name, "tasks with at least one pair per split")
+    fingerprint = check_inputs(model, task_name, train, val, means)
+    clock = Clock(config.time_budget)
+    with frozen(model), guarded(model, Split(train=train, val=val), means, config, corpus):
+        search = Search(model, train, val, verify, means, config, corpus)
+        target, goals = aims(search, config)
+        if config.screen:
+            search.screen(goals[0])
+        clock.lap("screen")
+        search.learn(goals[0], config.steps, clock.share(0.7))
+        clock.lap("learn")
+        found = search.find(goals, target, clock.share(1.0), clock.lap)
+        return as_circuit(search, found, target, model_name, task_name, fingerprint, clock.seconds)
+
+
+def guarded(
+    model: Runnable, split: Split, means: Means, config: PruneConfig, corpus: Int[Tensor, "n T"] | None
+) -> AbstractContextManager[None]:
+    """Within it, running out of a device's memory is a DeviceMemoryError that says how many prompts fit."""
+
+    def attempt(pairs: int) -> None:
+        """One step of learning and one run of the judge with so many pairs at once."""
+        few = replace(config, rows=2 * pairs, pairs=min(config.pairs, pairs))
+        val = take(split.val, torch.arange(min(pairs, len(split.val) // 2)))
+        trial = Search(model, split.train, val, None, means, few, corpus)
+        trial.learn(Goal(task=config.target, faithful=trial.limit), 1)
+
+    return out_of_memory(max(config.pairs, config.rows // 2), attempt)
+
+
+def check_inputs(model: Runnable, task_name: str, train: TaskBatch, val: TaskBatch, means: Means) -> str:
+    """The model's fingerprint; raises as `prune_batches`."""
+    require(min(len(train), len(val)) > 0, "task", task_name, "tasks with at least one pair per split")
     fingerprint = model.fingerprint()
     if means.model != fingerprint:
         raise MeansMismatchError(f"means: measured on model {means.model[:12]}, but {fingerprint[:12]} is to be pruned")
-    clock = _Clock(config.time_budget)
-    with frozen(model):
-        check_finite(model, val)
-        judge = Judge(model, means, train, val, calibrated=config.calibrated, margin=config.margin)
-        full, empty = judge.loss(None), judge.loss(all_nodes(model.widths, keep=False))
-        target = target_for(config, full)
-        goal = goal_for(config, target, full)
-        masks = new_masks(model, config)
-        if config.screen:
-            screen(masks, train, judge, config, goal)
-        seconds = {"screen": clock.lap()}
-        learn(model, train, means, config, goal, masks, clock.share(0.7))
-        seconds["learn"] = clock.lap()
-        kept, goal = discretise(masks, judge, (goal, target), full)
-        kept_before = int(masks.count[kept].sum())
-        seconds["discretise"] = clock.lap()
-        kept = clean_up(masks, kept, judge, goal, config.clean_up, clock.share(1.0))
-        seconds["clean_up"] = clock.lap()
-        nodes = as_nodes(masks, kept)
-        losses = {"full": full, "empty": empty} | judge.report(nodes)
-        calibration = judge.calibration(nodes)
+    return fingerprint
+
+
+def aims(search: Search, config: PruneConfig) -> tuple[float, list[Goal]]:
+    """The target, and the goals to try for on validation prompts: with headroom, then without.
+
+    TargetError for a target below the full model's own loss under the faithful objective, which asks for its answers.
+    """
+    full = search.judge.full()
+    target = target_for(config, full)
+    if config.objective == "faithful" and target < full:
+        raise TargetError(
+            f"target: {target:.4g} nats is below what the full model reaches, {full:.4g}; a circuit that is to be "
+            "faithful "
+            f"cannot do better: give {full:.4g} or more, a relative target, or the paper objective, which allows it"
+        )
+    losses = [goal_for(config, target, full), target]
+    return target, [Goal(task=loss, faithful=search.limit) for loss in losses]
+
+
+def as_circuit(
+    search: Search,
+    found: Found,
+    target: float,
+    model_name: str,
+    task_name: str,
+    fingerprint: str,
+    seconds: dict[str, float],
+) -> Circuit:
+    """What a search found, with all that is reported with it."""
+    judge, masks, config = search.judge, search.masks, search.config
+    full = judge.full()
+    empty = judge.task_alone(torch.zeros_like(found.kept))
+    losses = {"full": full, "empty": empty} | judge.report(found.kept, found.edges)
+    if search.second is not None:
+        losses["verify"] = search.second.task_alone(found.kept, found.edges)
+        if config.objective == "faithful":
+            losses["verify_faithful"] = search.second.faithful(found.kept, found.edges)
     return Circuit(
         model=fingerprint,
         model_name=model_name,
         task=task_name,
-        nodes=nodes,
-        scores={location: score.detach().cpu() for location, score in masks.spread(masks.tau).items()},
-        means=means,
-        calibration=calibration,
+        nodes=as_nodes(masks, found.kept),
+        scores={location: score.cpu() for location, score in masks.spread(search.scores).items()},
+        means=search.means.to("cpu"),
+        calibration=judge.calibration(judge.difference(found.kept, found.edges)),
         losses=losses,
         target=target,
+        kept_edges=found.edges,
         provenance={
             "config": asdict(config),
             "seed": config.seed,
-            "goal": goal,
+            "goal": found.goal.task,
             "label": LABEL_BETTER if target < full else "",
-            "ablation": "mean per position" if means.per_position else "mean",
-            "norms": "free",
-            "nodes_before_clean_up": kept_before,
+            "ablation": {"mean": "mean", "task": "mean over the task"}.get(config.ablation, config.ablation)
+            + (" per position" if search.means.per_position and config.ablation != "zero" else ""),
+            "norms": "frozen" if config.freeze_norms else "free",
+            "verified": found.verified,
+            "nodes_before_clean_up": found.nodes_before,
             "validation_runs": judge.runs,
-            "seconds": seconds,
+            "seconds": dict(seconds),
         },
     )
 
 
-def target_for(config: PruneConfig, full: float) -> float:
-    """The target in nats: `config.target`, or with `config.relative` ln 2 - 0.83 (ln 2 - full).
-
-    ValueError for a relative target where the full model does no better than chance.
-    """
-    if not config.relative:
-        return config.target
-    _require(full < CHANCE, "relative", f"a full model at {full:.3f} nats", f"full models under chance, {CHANCE:.3f}")
-    return CHANCE - RELATIVE * (CHANCE - full)
-
-
-def goal_for(config: PruneConfig, target: float, full: float) -> float:
-    """The loss in nats to be met on validation prompts: `config.goal`, or so much room under the target.
-
-    The room is all of the target; under a relative one, which lies just above the full model's loss, what is between.
-    """
-    if config.goal is not None:
-        return config.goal
-    return target - config.headroom * (target - full if config.relative else target)
-
-
-class Price:
-    """Price of a node in nats: fixed, or following the target.
-
-    Under constraint the objective is (number of nodes) + lambda * loss, and the price is 1 / lambda. Each step adds
-    price_rate * clip(log(EMA(loss) / target), -1, 1) to log lambda.
-    """
-
-    def __init__(self, config: PruneConfig, target: float) -> None:
-        self.config, self.target = config, target
-        self.value = config.k_coef
-        self.mean: float | None = None
-
-    def update(self, loss: float) -> None:
-        """Takes in the task loss of one step."""
-        if self.config.controller == "coefficient":
-            return
-        decay = self.config.smoothing
-        self.mean = loss if self.mean is None else decay * self.mean + (1 - decay) * loss
-        excess = math.log(max(self.mean, 1e-12) / self.target)
-        self.value *= math.exp(-self.config.price_rate * min(max(excess, -1.0), 1.0))
-
-
-def new_masks(model: Runnable, config: PruneConfig) -> NodeMasks:
-    """Masks at the source's start [G A.5]: all on, tau normal around `init_bias`."""
-    return NodeMasks(
-        model.widths,
-        tie_qk=config.tie_qk,
-        init_bias=config.init_bias,
-        init_noise=config.init_noise,
-        temperature=config.temperature,
-        seed=config.seed,
-    ).to(next(model.parameters()).device)
-
-
-def screen(masks: NodeMasks, train: TaskBatch, judge: Judge, config: PruneConfig, target: float) -> None:
-    """Starts the masks at `start_room` times the smallest circuit that attribution alone finds for the target."""
-    order = _Order(len(train) // 2, config.pairs, config.seed)
-    batches = [take(train, order.next()) for _ in range(config.screen)]
-    scores = attribute(judge.model, batches, judge.means, masks)
-    count, _ = smallest(masks, scores, judge, target, refine=False)
-    on = len(scores) if count is None else min(len(scores), round(config.start_room * count))
-    masks.start(scores, on, config.start_spread)
-
-
-def learn(
-    model: Runnable,
-    train: TaskBatch,
-    means: Means,
-    config: PruneConfig,
-    target: float,
-    masks: NodeMasks,
-    spent: Callable[[], float] = lambda: 0.0,
-) -> None:
-    """Learns the masks in place [G A.5]; pruned channels compete for AbsTopK slots here, as in the source.
-
-    `spent` says which share of the time there is has passed; at 1 learning ends. Gradients to the weights should be
-    off (`answers.frozen`). Without competition a dropped node would not know what it would be worth: its activation
-    is zeroed before it is seen.
-    """
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW([masks.tau], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    price = Price(config, target)
-    order = _Order(len(train) // 2, config.pairs, config.seed)
-    means = means.to(masks.tau.device)
-    for step in range(config.steps):
-        progress = max(step / config.steps, spent())
-        if progress >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = config.lr * _rate(progress, config.warmup, 1 / config.steps)
-        mask, count = masks()
-        loss = two_way_loss(answer_difference(model, take(train, order.next()), MaskTap(mask, means, competition=True)))
-        optimizer.zero_grad()
-        (loss + price.value * count).backward()
-        torch.nn.utils.clip_grad_norm_([masks.tau], config.grad_clip)
-        optimizer.step()
-        masks.clamp()
-        price.update(float(loss.detach()))
-
-
-def _rate(progress: float, warmup: float, step: float) -> float:
-    """Share of the peak rate: up over `warmup`, then linearly down to 0 at the end."""
-    if progress < warmup:
-        return (progress + step) / (warmup + step)
-    return (1 - progress) / (1 - warmup)
-
-
-class _Order:
-    """Pairs for one step after another: a shuffled pass over all of them, then another."""
-
-    def __init__(self, total: int, batch: int, seed: int) -> None:
-        self.total, self.batch = total, min(batch, total)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.left = torch.empty(0, dtype=torch.long)
-
-    def next(self) -> Int[Tensor, "pairs"]:
-        if len(self.left) < self.batch:
-            self.left = torch.randperm(self.total, generator=self.generator)
-        chosen, self.left = self.left[: self.batch], self.left[self.batch :]
-        return chosen
-
-
 @dataclass
-class _Clock:
-    """Seconds since the start, against a budget."""
+class Clock:
+    """Seconds since the start, by stage, against a budget."""
 
     budget: float | None
     start: float = field(default_factory=time.monotonic)
     last: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def lap(self) -> float:
-        """Seconds since the last call, to a hundredth."""
+    def lap(self, stage: str) -> None:
+        """Ends a stage: the seconds since the last one, to a hundredth."""
         now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        return round(seconds, 2)
+        self.seconds[stage], self.last = round(self.seconds.get(stage, 0.0) + now - self.last, 2), now
 
-    def share(self, part: float) -> Callable[[], float]:
+    def share(self, part: float) -> Spent:
         """How much of `part` of the budget is spent; always 0 without a budget."""
         budget = self.budget
         return (lambda: 0.0) if budget is None else (lambda: (time.monotonic() - self.start) / (part * budget))

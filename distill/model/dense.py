@@ -5,7 +5,7 @@ families, because the blocks of transformers add to the residual stream inside, 
 map of names.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +13,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from distill.model import operations as ops
 from distill.model.run import Context, Runnable
 from distill.model.sites import Tap, layer_of, node_locations, wants
 from distill.model.transformer import Architecture
+
+TAPPED = "distill_tapped"
+"""Name under which transformers finds the attention that hands its pattern to a tap."""
+
+
+def _tapped_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B N Q H"],
+    key: Float[Tensor, "B M K H"],
+    value: Float[Tensor, "B M K H"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    tapped: Callable[[Tensor], Tensor],
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B Q N H"], Float[Tensor, "B N Q K"]]:
+    """Attention in the open, in the form transformers asks for; masks come in the form of any implementation."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is None:
+        attention_mask = ops.visible(query.shape[2], key.shape[2], None, query.device)
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + attention_mask
+    pattern = tapped(F.dropout(scores.softmax(-1), dropout, module.training))
+    return (pattern @ value).transpose(1, 2), pattern
+
+
+AttentionInterface.register(TAPPED, _tapped_attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +179,22 @@ class DenseModel(Runnable):
         """The wrapped model's configuration."""
         return self.hf.config
 
-    def _part(self, name: str | None, layer: int | None = None) -> nn.Module:
+    def part(self, name: str | None, layer: int | None = None) -> nn.Module:
+        """A module by its name in the family: of the model, or of the block of a layer."""
         assert name is not None
         return self.hf.get_submodule(name if layer is None else f"{self.family.blocks}.{layer}.{name}")
 
     def _weight(self, name: str, layer: int) -> Tensor:
-        weight = self._part(name, layer).get_parameter("weight").detach()
+        weight = self.part(name, layer).get_parameter("weight").detach()
         return weight.T if self.family.transposed else weight
+
+    def bias(self, name: str, layer: int) -> Float[Tensor, " out"]:
+        """Bias of one of a block's linear maps, detached; zeros where it has none."""
+        found = getattr(self.part(name, layer), "bias", None)
+        if found is None:
+            weight = self._weight(name, layer)
+            return weight.new_zeros(weight.shape[0])
+        return found.detach()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -165,10 +207,10 @@ class DenseModel(Runnable):
     def embed(
         self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        x = self._part(self.family.embed_tokens)(tokens)
+        x = self.part(self.family.embed_tokens)(tokens)
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return x + self._part(self.family.embed_positions)(position_ids)
+        return x + self.part(self.family.embed_positions)(position_ids)
 
     def prepare(self, x: Float[Tensor, "B T D"], context: Context) -> Any:
         # position_ids must not be passed where they only count up: transformers would look for packed sequences.
@@ -186,16 +228,17 @@ class DenseModel(Runnable):
         i = layer_of(site)
         attention = site.endswith("resid_in")
         name = f"{i}.attn" if attention else f"{i}.mlp"
-        norm = self._part(self.family.attn_norm if attention else self.family.mlp_norm, i)
+        norm = self.part(self.family.attn_norm if attention else self.family.mlp_norm, i)
         read = self._norm(norm, x, name, tap)
         if tap is not None:
             read = tap(f"{name}.act_in", read)
         with self._hooked(i, attention, tap):
             if attention:
-                part = self._part(self.family.attn, i)
-                delta = part(read, past_key_values=context.cache, attention_mask=context.prepared)[0]
+                part = self.part(self.family.attn, i)
+                with self._pattern_tapped(i, tap) as options:
+                    delta = part(read, past_key_values=context.cache, attention_mask=context.prepared, **options)[0]
             else:
-                delta = self._part(self.family.mlp, i)(read)
+                delta = self.part(self.family.mlp, i)(read)
         if tap is not None:
             delta = tap(f"{name}.resid_delta", delta)
         return delta + x
@@ -206,13 +249,24 @@ class DenseModel(Runnable):
         if tap is None:
             yield
             return
-        if wants(tap, "pattern"):
-            raise ValueError("tap: wants 'pattern', which dense models do not hand out; allowed are pre, norm_scale")
         with ExitStack() as stack:
-            part = self._part(self.family.qkv if attention else self.family.act, i)
+            part = self.part(self.family.qkv if attention else self.family.act, i)
             hook = partial(_tap_qkv, i, tap) if attention else partial(_tap_neurons, i, tap)
             stack.callback(part.register_forward_hook(hook).remove)
             yield
+
+    @contextmanager
+    def _pattern_tapped(self, i: int, tap: Tap | None) -> Iterator[dict[str, Any]]:
+        """What the attention module has to be given for the tap to see its pattern, for the length of one call."""
+        if tap is None or not wants(tap, "pattern"):
+            yield {}
+            return
+        usual = self.hf.config._attn_implementation
+        self.hf.config._attn_implementation = TAPPED
+        try:
+            yield {"tapped": partial(tap, f"{i}.attn.pattern")}
+        finally:
+            self.hf.config._attn_implementation = usual
 
     def _norm(self, norm: nn.Module, x: Tensor, name: str, tap: Tap | None) -> Tensor:
         if tap is None or not wants(tap, "norm_scale"):
@@ -224,8 +278,8 @@ class DenseModel(Runnable):
     def readout(
         self, residual: Float[Tensor, "*rows D"], tokens: Int[Tensor, "*rows"], *, tap: Tap | None = None
     ) -> Float[Tensor, "*rows V"]:
-        final = self._norm(self._part(self.family.final_norm), residual, "final", tap)
-        return self._part(self.family.unembed)(final)
+        final = self._norm(self.part(self.family.final_norm), residual, "final", tap)
+        return self.part(self.family.unembed)(final)
 
     def matrices(self) -> dict[tuple[str, str], Float[Tensor, "n_target n_source"]]:
         found: dict[tuple[str, str], Tensor] = {}
@@ -244,7 +298,7 @@ class DenseModel(Runnable):
         return self._tensor(self.family.unembed)
 
     def _tensor(self, name: str) -> Tensor:
-        return self._part(name).get_parameter("weight").detach()
+        return self.part(name).get_parameter("weight").detach()
 
     def describe(self) -> Mapping[str, Any]:
         # What decides the computation and nothing else: a release of transformers may add fields to a configuration.

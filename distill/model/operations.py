@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill.model import kernels
+from distill.model.linear_path import chosen
 
 PATHS = ("auto", "plain")
 _path = "auto"
@@ -95,7 +96,7 @@ def linear(
     x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*rows o"]:
     """x W^T + b: without the zeros of W where there are many, by oneDNN elsewhere, plainly where asked for."""
-    if native(x) and x.numel() and kernels.worth_it(weight.shape[0], weight.shape[1], density(weight)):
+    if native(x) and x.numel() and chosen(weight.shape[0], weight.shape[1], density(weight)):
         return kernels.sparse_linear(x, weight, bias)
     plain = _path == "plain" or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     if plain or not torch.backends.mkldnn.is_available() or x.numel() == 0:

@@ -1,18 +1,25 @@
 """The optimiser and its rate [G A.2]: AdamW on gradients of root mean square 1, warm-up, linear decay, sharkfin.
 
-torch's AdamW is used, fused: 3.7 ms for 8M parameters on two cores where the foreach version takes 10.6. What decays:
-every projected parameter, and of the others those with two or more axes except the bigram table (**ours**); norm gains,
-sink logits and biases that are not projected do not.
+`ProjectedAdamW` is torch's AdamW and, after its step, the projection of the sparse parameters. What decays: every
+projected parameter, and of the others those with two or more axes except the bigram table (**ours**); norm gains, sink
+logits and biases that are not projected do not.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from distill.model import kernels
+from distill.model.linear_path import chosen
+from distill.model.operations import native
+from distill.training.sparsity import project_
+
 GradRms = Literal["normalize", "clip", "off"]
+Floors = Mapping[str, tuple[int, int | None]]
+"""Names of sparse parameters to the floor and the axis of their units, as `project_` takes them."""
 
 
 def rate_factor(step: int, *, steps: int, warmup_fraction: float = 0.01) -> float:
@@ -32,6 +39,104 @@ def sharkfin_factor(fraction: float, kept: float) -> float:
     return math.sqrt(kept / fraction)
 
 
+class ProjectedAdamW(torch.optim.AdamW):
+    """AdamW whose step ends with the projection of the parameters in the group named "sparse" [G A.2].
+
+    There are two ways to make a step, which give the same but for rounding. The plain one is torch's own step, fused,
+    and then `sparsity.project_`. The compiled one (float32 on a CPU) passes over gradient and moments once: a sparse
+    weight is changed only where it is not zero before or after, and its pattern for the next forward falls out.
+    The state (`exp_avg`, `exp_avg_sq`, `step`) is torch's either way.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        floors: Mapping[nn.Parameter, tuple[int, int | None]],
+    ) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self._floors = floors
+        self._owned: dict[nn.Parameter, kernels.Projected] = {}
+        self.nonzeros = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "sparse")
+        """Entries of the sparse parameters that are not zero after the last projection; all before the first."""
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        scale: float = 1.0,
+        fraction: float | None = None,
+        without: Collection[nn.Parameter] = (),
+    ) -> None:
+        """One step on the gradients times `scale`, after which they are used up.
+
+        Arguments:
+            closure: none: the loss is not evaluated again.
+            scale: what each gradient is multiplied with first.
+            fraction: share of entries that stay in each sparse parameter, in [0, 1]; none: nothing is projected.
+            without: parameters that somebody else moves and projects; they have no gradient.
+        """
+        if closure is not None:
+            raise ValueError("closure: got one, allowed is none")
+        others = {id(parameter) for parameter in without}
+        mine = [(group, p) for group in self.param_groups for p in group["params"] if id(p) not in others]
+        if all(_compiled(p) for _, p in mine):
+            left = [self._compiled_step(group, p, scale, fraction) for group, p in mine]
+        else:
+            if scale != 1:
+                for grad in (p.grad for _, p in mine if p.grad is not None):
+                    grad.mul_(scale)
+            super().step()
+            projected = [p for group, p in mine if group["name"] == "sparse"]
+            left = [] if fraction is None else [self._project(p, fraction) for p in projected]
+        if fraction is not None:
+            self.nonzeros = sum(left)
+
+    def _project(self, parameter: nn.Parameter, fraction: float) -> int:
+        floor, axis = self._floors[parameter]
+        return project_(parameter, fraction, floor=floor, axis=axis)
+
+    def _compiled_step(
+        self, group: Mapping[str, Any], parameter: nn.Parameter, scale: float, fraction: float | None
+    ) -> int:
+        """The step of one parameter; returns the non-zeros of a projected one, else 0."""
+        share = fraction if group["name"] == "sparse" else None
+        if parameter.grad is None:
+            return 0 if share is None else self._project(parameter, share)
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        adam = kernels.AdamStep(
+            rate=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(state["step"]),
+            scale=scale,
+        )
+        moving = parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], adam
+        count = parameter.numel() if share is None else round(share * parameter.numel())
+        if share is None or count == parameter.numel():
+            kernels.adamw_(parameter, *moving)
+            return 0 if share is None else int(torch.count_nonzero(parameter))
+        if parameter not in self._owned:
+            floor, axis = self._floors[parameter]
+            self._owned[parameter] = kernels.Projected(parameter, floor=floor, axis=axis)
+        lists = parameter.dim() == 2 and chosen(parameter.shape[0], parameter.shape[1], share)
+        return self._owned[parameter].step(*moving, count, lists=lists)
+
+
+def _compiled(parameter: nn.Parameter) -> bool:
+    """Whether a parameter and its gradient are such as the compiled step takes."""
+    dense = parameter.grad is None or parameter.grad.layout == torch.strided
+    return native(parameter) and parameter.is_contiguous() and dense
+
+
 def make_optimizer(
     modules: nn.Module,
     sparse: Mapping[str, nn.Parameter],
@@ -39,7 +144,8 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 0.1,
     weight_decay: float = 0.1,
-) -> torch.optim.AdamW:
+    floors: Floors | None = None,
+) -> ProjectedAdamW:
     """AdamW over the trainable parameters, in groups named "sparse", "dense" and "plain" (no decay; see the module).
 
     Arguments:
@@ -48,6 +154,7 @@ def make_optimizer(
         betas: decay of the two moments per step.
         eps: added to the root of the second moment; 0.1 belongs to gradients of root mean square 1.
         weight_decay: per step and unit of rate.
+        floors: of the projected parameters that have one.
 
     Raises `ValueError` when nothing is trainable, or a projected parameter is not among the trainable ones.
     """
@@ -63,16 +170,15 @@ def make_optimizer(
         if id(parameter) not in projected:
             decays = parameter.dim() >= 2 and name.split(".")[-1] != "bigram"
             groups["dense" if decays else "plain"].append(parameter)
-    return torch.optim.AdamW(
+    return ProjectedAdamW(
         [
             {"params": members, "name": kind, "weight_decay": 0.0 if kind == "plain" else weight_decay}
             for kind, members in groups.items()
             if members
         ],
-        lr=0.0,
         betas=betas,
         eps=eps,
-        fused=True,
+        floors={parameter: (floors or {}).get(name, (0, None)) for name, parameter in sparse.items()},
     )
 
 
@@ -89,22 +195,28 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, sharkfin: float, den
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Euclidean norm of all gradients together, a scalar on the device; a parameter without one counts as zeros."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if all(native(grad) and grad.is_contiguous() for grad in grads):
+        return torch.tensor(math.sqrt(sum(kernels.sum_of_squares(grad) for grad in grads)))
+    return torch.nn.utils.get_total_norm(grads)
 
 
-def scale_gradients_(parameters: Iterable[nn.Parameter], rms: float, mode: GradRms) -> None:
-    """Bring the root mean square of the gradient over all parameters to 1 ("normalize") or under 1 ("clip").
+def gradient_scale(rms: float, mode: GradRms) -> float:
+    """What brings the root mean square of the gradient over all parameters to 1 ("normalize") or under 1 ("clip").
 
     The source speaks of clipping, but with a mean loss the root mean square is far below 1 and a clip never acts;
     normalising is what its results rest on. A gradient of zero stays zero.
 
     Arguments:
-        parameters: all that are trained.
-        rms: the root mean square of their gradient now.
+        rms: the root mean square of the gradient now.
         mode: "normalize", "clip" or "off".
     """
-    if mode == "off" or rms == 0 or (mode == "clip" and rms <= 1):
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(1.0 / rms)
+    return 1.0 if mode == "off" or rms == 0 or (mode == "clip" and rms <= 1) else 1.0 / rms
+
+
+def scale_gradients_(parameters: Iterable[nn.Parameter], rms: float, mode: GradRms) -> None:
+    """Multiply the gradients by `gradient_scale`, for a step that is not told the scale."""
+    scale = gradient_scale(rms, mode)
+    for grad in (p.grad for p in parameters if p.grad is not None):
+        if scale != 1:
+            grad.mul_(scale)

@@ -16,6 +16,7 @@ from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, 
 from distill.data.sample import save_sample, spread_windows
 from distill.data.tokens import Sampler, TokenData
 from distill.model import DenseModel, SparseTransformer
+from distill.model.linear_path import fixed
 from distill.training.evaluate import heldout_loss
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import Objective, TrainConfig, train
@@ -120,15 +121,18 @@ def pretrain(
     command: str,
     resume: bool = False,
     overwrite: bool = False,
+    linear_path: str = "auto",
 ) -> Pretrained:
     """Trains `model` in place and saves it with its tokenizer under `folder/model`.
 
     Every weight matrix, bias and embedding is projected where `config.kept` is below 1 (SparseTransformer only).
     `folder` also gets metrics.jsonl and checkpoints. Nothing is written, nor an earlier run deleted, before the
-    settings have passed. ValueError for a folder that is in use, settings that do not fit the model or the data,
-    another architecture than that of the run to be resumed, and a training that breaks.
+    settings have passed. `linear_path` as in `train`. ValueError for a folder that is in use, settings that do not fit
+    the model or the data, another architecture than that of the run to be resumed, and a training that breaks.
     """
     check_way(folder, resume=resume, overwrite=overwrite)
+    if linear_path != "auto":
+        fixed(linear_path)  # refuses a file that is none
     if config.context > model.context:
         raise ValueError(f"context: {config.context} tokens per sequence; this model takes {model.context} at most")
     if data.vocab_size > model.vocab_size:
@@ -158,6 +162,7 @@ def pretrain(
         evaluate=lambda: {"heldout_loss": heldout_loss(model, watched)},
         resume=resume,
         provenance=provenance,
+        linear_path=linear_path,
     )
     seconds = time.perf_counter() - began
     loss = heldout_loss(model, sample)

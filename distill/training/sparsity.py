@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -26,8 +25,6 @@ MAX_AUTOMATIC_FLOOR = 4
 _UNIT_AXIS = {"mlp_in": 0, "attn_q": 0, "attn_k": 0, "attn_v": 0, "mlp_out": 1, "attn_out": 1}
 _READERS = ("attn_q", "attn_k", "attn_v", "mlp_in")
 _WRITERS = ("attn_out", "mlp_out")
-# Entries looked at to guess the threshold; a prime stride does not fall into step with rows.
-_SAMPLE_STRIDE = 61
 
 
 def kept_fraction(
@@ -107,23 +104,15 @@ def project_(weight: Tensor, fraction: float, *, floor: int = 0, axis: int | Non
             f"floor: got {floor} on axis {axis} of a tensor {tuple(weight.shape)}, "
             "allowed is 0 to the length of a row (axis 0) or column (axis 1) of a matrix"
         )
+    if native(weight) and weight.is_contiguous():
+        return kernels.project_(weight, fraction, floor=floor, axis=axis)
     data = weight.detach()
-    count = round(fraction * data.numel())
-    if count == data.numel():
-        return int(torch.count_nonzero(data))
-    compiled = native(data) and data.is_contiguous()
-    # The compiled pass needs no tensor of magnitudes, only the floor does.
-    magnitude = data if compiled and not floor else data.abs()
-    cut = Cut(*kernels.magnitude_cut(data, count)) if compiled else magnitude_threshold(magnitude, count)
-    saved = _floor_entries(data, magnitude, cut.value, floor, axis) if floor and axis is not None else None
-    if compiled:
-        kernels.shrink_(data, *cut)
-    else:
-        _shrink_(data, magnitude, cut)
-    if saved is not None:
-        units, positions, values = saved
-        (data if axis == 0 else data.T)[units, positions] = values
-    return count if saved is None and cut.value > 0 else int(torch.count_nonzero(data))
+    magnitude = data.abs()
+    kept = _largest(magnitude, round(fraction * data.numel()))
+    if floor and axis is not None:
+        kept = _with_floor(kept, magnitude, floor, axis)
+    data.masked_fill_(~kept, 0.0)
+    return int(torch.count_nonzero(data))
 
 
 class Cut(NamedTuple):
@@ -146,73 +135,31 @@ def magnitude_threshold(magnitude: Tensor, count: int) -> Cut:
     """
     if count == 0:
         return Cut(math.inf, 0, 0)
-    flat = magnitude.reshape(-1)
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        return _threshold_numpy(flat.numpy(), count)
-    value = torch.kthvalue(flat, flat.numel() - count + 1).values
-    above, equal = torch.stack([(flat > value).sum(), (flat == value).sum()]).tolist()
+    value = torch.topk(magnitude.reshape(-1), count, sorted=False).values.min()
+    if value == 0:
+        return Cut(0.0, 0, 0)
+    above, equal = torch.stack([(magnitude > value).sum(), (magnitude == value).sum()]).tolist()
     return Cut(float(value), count - above, equal)
 
 
-def _threshold_numpy(flat: np.ndarray, count: int) -> Cut:
-    """As above by `numpy.partition`: 3 ms for 4M entries where `torch.topk` takes 40 (two cores, AVX-512).
-
-    A sample guesses a bound that leaves few candidates; the bound only has to be low enough, so the result is exact.
-    Zeros are left out where there are many, because crowds of equal entries make the partition 20 times slower.
-    """
-    sample = flat[::_SAMPLE_STRIDE].copy()
-    expected = sample.size * count / flat.size
-    rank = int(expected + 4 * math.sqrt(expected) + 8)
-    candidates = flat
-    if rank < sample.size // 8:
-        sample.partition(sample.size - rank)
-        bound = sample[sample.size - rank]
-        candidates = flat[flat >= bound] if bound > 0 else flat
-    if candidates is flat or candidates.size < count:
-        crowded = np.count_nonzero(sample) < 0.6 * sample.size
-        candidates = flat[flat > 0] if crowded else flat.copy()
-    if candidates.size < count:
-        return Cut(0.0, 0, 0)
-    candidates.partition(candidates.size - count)
-    value = candidates[candidates.size - count]
-    above, equal = np.count_nonzero(candidates > value), np.count_nonzero(candidates == value)
-    return Cut(float(value), count - int(above), int(equal))
+def _largest(magnitude: Tensor, count: int) -> Tensor:
+    """Which entries are the `count` largest; of equal ones the first are."""
+    cut = magnitude_threshold(magnitude, count)
+    kept = magnitude > cut.value
+    tied = torch.nonzero((magnitude == cut.value).reshape(-1)).reshape(-1)[: cut.stay]
+    return kept.reshape(-1).index_fill(0, tied, True).view(kept.shape)
 
 
-def _shrink_(data: Tensor, magnitude: Tensor, cut: Cut) -> None:
-    """Zero what lies below the cut, and of the entries equal to it all but the first `stay`."""
-    if cut.value == 0:
-        return
-    if math.isinf(cut.value):
-        data.zero_()
-        return
-    # hardshrink zeroes what is not above its bound: one pass, three times faster than a mask.
-    below = torch.nextafter(torch.tensor(cut.value, dtype=data.dtype), torch.tensor(0.0, dtype=data.dtype))
-    torch.ops.aten.hardshrink.out(data, float(below), out=data)
-    if cut.equal > cut.stay:
-        tied = torch.nonzero((magnitude == cut.value).reshape(-1)).reshape(-1)
-        surplus = torch.zeros(data.numel(), dtype=torch.bool, device=data.device)
-        surplus[tied[cut.stay :]] = True
-        data.masked_fill_(surplus.view(data.shape), 0.0)
-
-
-def _floor_entries(
-    data: Tensor, magnitude: Tensor, threshold: float, floor: int, axis: int
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The `floor` largest entries of each unit that the threshold leaves with fewer: (units, positions, values)."""
-    # Strictly above: at the threshold some may go, and bringing back one that stays does no harm.
-    short = ((magnitude > threshold).sum(1 - axis) < floor).nonzero().reshape(-1)
-    if len(short) == 0:
-        return None
-    rows = (magnitude if axis == 0 else magnitude.T)[short]
+def _with_floor(kept: Tensor, magnitude: Tensor, floor: int, axis: int) -> Tensor:
+    """`kept`, and the `floor` largest entries of each unit of which fewer are kept; of equal ones the first."""
+    rows, units = (magnitude, kept) if axis == 0 else (magnitude.T, kept.T)
+    short = torch.nonzero(units.sum(1) < floor).reshape(-1)
     # A stable sort would give the order of ties, but it sorts whole rows; the boundary value is enough.
-    boundary = torch.topk(rows, floor, dim=1).values[:, -1:]
-    equal = rows == boundary
-    room = floor - (rows > boundary).sum(1, keepdim=True)
-    kept: Bool[Tensor, "units width"] = (rows > boundary) | (equal & (equal.cumsum(1) <= room))
-    local, positions = kept.nonzero(as_tuple=True)
-    units = short[local]
-    return units, positions, (data if axis == 0 else data.T)[units, positions]
+    boundary = torch.topk(rows[short], floor, dim=1).values[:, -1:]
+    above, equal = rows[short] > boundary, rows[short] == boundary
+    largest: Bool[Tensor, "units width"] = above | (equal & (equal.cumsum(1) <= floor - above.sum(1, keepdim=True)))
+    units = units.index_copy(0, short, largest)
+    return units if axis == 0 else units.T
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------

@@ -30,19 +30,22 @@ from tqdm import tqdm
 
 from distill.artifact import Provenance, append_line, lock
 from distill.data.tokens import Sampler
+from distill.model import linear_path as paths
+from distill.model import operations
 from distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from distill.training.optim import (
     GradRms,
     gradient_norm,
+    gradient_scale,
     make_optimizer,
     rate_factor,
-    scale_gradients_,
     set_rate,
     sharkfin_factor,
 )
-from distill.training.sparsity import Anneal, automatic_floor, kept_fraction, project_, sparsity_report, unit_axis
+from distill.training.sparsity import Anneal, automatic_floor, kept_fraction, sparsity_report, unit_axis
 
 METRICS = "metrics.jsonl"
+LINEAR_PATH = "linear_path.json"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 Terms = dict[str, float | Tensor]
@@ -147,6 +150,7 @@ def train(
     resume: bool = False,
     provenance: Provenance,
     engine: Accelerator | None = None,
+    linear_path: str = "auto",
 ) -> list[dict[str, Any]]:
     """Train `modules` in place on `objective`.
 
@@ -161,6 +165,9 @@ def train(
         resume: go on from the newest checkpoint in `folder` (from the start where there is none yet).
         provenance: recorded in the checkpoints.
         engine: accelerate's; by default a new one. Several processes share the batch.
+        linear_path: which products leave out the zeros of sparse weights: "auto" (what the run to be resumed did, else
+            what is faster here, timed now: roundings may differ from run to run), "sparse", "dense", or a file that
+            another run saved as `LINEAR_PATH`.
 
     Returns the lines of `metrics.jsonl`: step, loss and terms (means since the line before), kept fraction, non-zeros,
     rates, the gradient's root mean square, tokens seen, tokens per second; with an evaluation also its values and the
@@ -173,9 +180,9 @@ def train(
     run = _Run(modules, data, config, Path(folder), sparse, provenance, engine or Accelerator())
     if run.main:
         with lock(run.folder):
-            _loop(run, objective, evaluate, resume)
+            _loop(run, objective, evaluate, resume, linear_path)
     else:
-        _loop(run, objective, evaluate, resume)
+        _loop(run, objective, evaluate, resume, linear_path)
     return run.history
 
 
@@ -198,12 +205,16 @@ class _Run:
         self.sampler = Sampler(data, batch=config.batch, context=config.context, seed=config.seed)
         self.provenance, self.engine, self.main = provenance, engine, engine.is_main_process
         self.optimizer = make_optimizer(
-            modules, sparse, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            modules,
+            sparse,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            floors={name: _floor(name, p, config) for name, p in sparse.items()},
         )
         self.parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
         self.numel = sum(p.numel() for p in self.parameters.values())
         self.device = next(iter(self.parameters.values())).device
-        self.floors = {name: _floor(name, p, config) for name, p in sparse.items()}
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, float | Tensor] = {}
@@ -221,15 +232,18 @@ def _floor(name: str, weight: Tensor, config: TrainConfig) -> tuple[int, int | N
     return (automatic_floor(config.kept, width) if config.floor is None else min(config.floor, width)), axis
 
 
-def _loop(run: _Run, objective: Objective, evaluate: Callable[[], dict[str, float]] | None, resume: bool) -> None:
+def _loop(
+    run: _Run, objective: Objective, evaluate: Callable[[], dict[str, float]] | None, resume: bool, linear_path: str
+) -> None:
     config = run.config
     _start(run, resume)
     if run.device.type == "cpu":
         tune_malloc()
+    path = _linear_path(run, linear_path)
     run.modules.train()
     pace = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs few lines
     bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not run.main, mininterval=pace)
-    with bar, _deferred_interrupt() as interrupted:
+    with paths.use(path), bar, _deferred_interrupt() as interrupted:
         while run.step < config.steps:
             begun = time.perf_counter()
             _update(run, objective)
@@ -276,6 +290,26 @@ def _start(run: _Run, resume: bool) -> None:
             os.replace(kept, metrics)
 
 
+def _linear_path(run: _Run, choice: str) -> paths.LinearPath:
+    """Which products leave out zeros: as the user says, as the run has done so far, or as is faster here."""
+    file = run.folder / LINEAR_PATH
+    if run.main and (choice != "auto" or not file.exists()):
+        found = _measured(run) if choice == "auto" else paths.fixed(choice)
+        if found != paths.GENERAL:
+            found.save(file)
+            tqdm.write(found.describe(), file=sys.stderr)
+    run.engine.wait_for_everyone()
+    return paths.LinearPath.load(file) if file.exists() else paths.GENERAL
+
+
+def _measured(run: _Run) -> paths.LinearPath:
+    """For the projected weights of linear maps, at a process' share of a batch."""
+    projected = {id(p) for p in run.sparse.values() if run.config.kept < 1 and operations.native(p)}
+    weights = [m.weight for m in run.modules.modules() if isinstance(m, nn.Linear)]
+    tokens = run.config.batch * run.config.context // run.engine.num_processes
+    return paths.measure({(w.shape[0], w.shape[1]) for w in weights if id(w) in projected}, tokens, operations.linear)
+
+
 def _check_same(run: _Run, state: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on under settings or data that would make another run of it."""
     saved = state.get("config")
@@ -306,24 +340,21 @@ def _update(run: _Run, objective: Objective) -> None:
     loss, terms = objective(mine, step)
     loss.backward()
     rms = _gradient_rms(run, loss)
-    scale_gradients_(run.parameters.values(), rms, config.grad_rms)
     rate, sharkfin = config.rate_at(step)
     set_rate(run.optimizer, rate, sharkfin, config.dense_rate)
-    run.optimizer.step()
     run.step += 1
     kept = config.kept_after(run.step)
-    nonzeros = sum(_project(run, name, kept) for name in run.sparse)
-    run.now = {"kept": kept, "nonzeros": nonzeros, "rate": rate, "rate_sparse": rate * sharkfin, "gradient_rms": rms}
+    run.optimizer.step(scale=gradient_scale(rms, config.grad_rms), fraction=kept if config.kept < 1 else None)
+    run.now = {
+        "kept": kept,
+        "nonzeros": run.optimizer.nonzeros,
+        "rate": rate,
+        "rate_sparse": rate * sharkfin,
+        "gradient_rms": rms,
+    }
     run.summed += 1
     for name, value in {**terms, "loss": loss}.items():
         run.sums[name] = run.sums.get(name, 0.0) + (value.detach().float() if isinstance(value, Tensor) else value)
-
-
-def _project(run: _Run, name: str, kept: float) -> int:
-    """Project one sparse parameter; returns its non-zeros (a dense training does not count them)."""
-    floor, axis = run.floors[name]
-    weight = run.sparse[name]
-    return weight.numel() if run.config.kept == 1 else project_(weight, kept, floor=floor, axis=axis)
 
 
 def _gradient_rms(run: _Run, loss: Tensor) -> float:

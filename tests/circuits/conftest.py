@@ -26,12 +26,21 @@ PLANTED = (
     "0.attn.v.0",
     "0.attn.resid_delta.3",
 )
+PLANTED_EDGES = (
+    ("0.attn.act_in.1", "0.attn.q.0"),
+    ("0.attn.act_in.2", "0.attn.k.0"),
+    ("0.attn.act_in.0", "0.attn.v.0"),
+    ("0.attn.v.0", "0.attn.resid_delta.3"),
+)
 D, FREE = 16, 4  # the channels from FREE on are the distractors'
 
 
 @torch.no_grad()
-def build(seed: int, topk_fraction: float | None = 0.5) -> SparseTransformer:
-    """The planted model; `seed` draws the distractors."""
+def build(seed: int, topk_fraction: float | None = 0.5, stray: float = 0.0) -> SparseTransformer:
+    """The planted model; `seed` draws the distractors.
+
+    `stray` is the size of six further weights between planted nodes, edges that the task does not need.
+    """
     torch.manual_seed(seed)
     model = SparseTransformer.build(
         Architecture(vocab_size=len(WORDS), context=16, n_layer=1, d_model=D, d_head=8, n_head=1, d_mlp=8,
@@ -49,7 +58,10 @@ def build(seed: int, topk_fraction: float | None = 0.5) -> SparseTransformer:
     layer.attn_k.weight[0, 2] = 1.8
     layer.attn_v.weight[0, 0] = 1.0
     layer.attn_out.weight[3, 0] = 1.0
-    for linear in (layer.attn_q, layer.attn_k, layer.attn_v):
+    for linear, planted in ((layer.attn_q, 1), (layer.attn_k, 2), (layer.attn_v, 0)):
+        if stray:
+            others = [channel for channel in range(3) if channel != planted]
+            linear.weight[0, others] = stray * torch.tensor([1.0, -1.0])
         linear.weight[1:, FREE:] = 0.2 * torch.randn(7, D - FREE)
     layer.attn_out.weight[FREE:, 1:] = 0.2 * torch.randn(D - FREE, 7)
     layer.mlp_in.weight[:, FREE:] = 0.2 * torch.randn(8, D - FREE)
@@ -99,6 +111,11 @@ def chosen(model: SparseTransformer, names: tuple[str, ...] = PLANTED) -> dict[s
 @pytest.fixture
 def planted_names() -> tuple[str, ...]:
     return PLANTED
+
+
+@pytest.fixture
+def planted_edges() -> tuple[tuple[str, str], ...]:
+    return PLANTED_EDGES
 
 
 @pytest.fixture

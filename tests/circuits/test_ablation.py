@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from distill.artifact import ArtifactError, save_tensors
-from distill.circuits.ablation import Means, MeansMismatchError, NonFiniteError, node_means
+from distill.circuits.ablation import (
+    Means,
+    MeansMismatchError,
+    NonFiniteError,
+    cached_means,
+    node_means,
+    resampled,
+    task_means,
+    zeros,
+)
 from distill.model.sites import Record
 from distill.model.transformer import Architecture, SparseTransformer
 
@@ -100,3 +109,76 @@ def test_a_sink_at_position_0_is_protected(planted, make_windows):
     with torch.no_grad():
         planted.embed_tokens.weight[6] = 50.0
     assert node_means(planted, tokens).protect_first
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_task_means_are_over_the_prompts_without_their_padding(planted, make_windows, make_prompts, per_position):
+    means = node_means(planted, make_windows(), per_position=per_position)
+    batch = make_prompts(5, 3)
+    found = task_means(planted, batch, means, rows=3)
+    values = recorded(planted, batch.tokens)
+    assert found.kind == "task" and found.model == means.model and found.data != means.data
+    assert found.tokens == int((batch.last + 1).sum())
+    inside = torch.arange(batch.tokens.shape[1]) <= batch.last[:, None]
+    for location in planted.widths:
+        value = values[location]
+        if not per_position:
+            torch.testing.assert_close(found.values[location], value[inside].mean(0), atol=1e-6, rtol=1e-5)
+            continue
+        third = value[:, 2].mean(0)  # every prompt has at least three tokens
+        torch.testing.assert_close(found.values[location][2], third, atol=1e-6, rtol=1e-5)
+        longest = batch.tokens.shape[1]
+        assert torch.equal(found.values[location][longest:], means.values[location][longest:])
+
+
+def test_zeros(planted_means):
+    nothing = zeros(planted_means)
+    assert nothing.kind == "zero" and not any(bool(value.any()) for value in nothing.values.values())
+    assert nothing.at("0.attn.q", 4).shape == planted_means.at("0.attn.q", 4).shape
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_resampled_values_are_those_of_one_corpus_token_for_all_nodes(
+    planted, make_windows, make_prompts, per_position
+):
+    tokens, batch = make_windows(), make_prompts(4, 0)
+    means = node_means(planted, tokens, per_position=per_position)
+    drawn = resampled(planted, tokens, batch, means, pool=60, seed=5)
+    assert drawn.kind == "resample" and drawn.per_position == per_position
+    rows, length = batch.tokens.shape
+    joint = torch.cat([drawn.at(location, length) for location in planted.widths], -1)
+    values = recorded(planted, tokens)
+    corpus = torch.cat([values[location] for location in planted.widths], -1)
+    for row, position in ((0, 0), (3, length - 1)):
+        found = corpus[:, position] if per_position else corpus.flatten(0, 1)
+        assert float((found - joint[row, position]).abs().sum(-1).min()) < 1e-4
+    assert not torch.equal(joint[0, 0], joint[1, 0]) or not torch.equal(joint[0, 1], joint[1, 1])
+    some = drawn.rows(torch.tensor([2, 1]))
+    assert torch.equal(some.at("0.attn.v", 3), drawn.at("0.attn.v", 3)[[2, 1]])
+    again = resampled(planted, tokens, batch, means, pool=60, seed=5)
+    assert torch.equal(again.index, drawn.index)
+    with pytest.raises(ValueError, match="length: 99 tokens"):
+        drawn.at("0.attn.v", 99)
+    if per_position:
+        with pytest.raises(ValueError, match="windows: 3 tokens long"):
+            resampled(planted, tokens[:, :3], batch, means)
+
+
+def test_means_are_measured_once_for_a_model_and_its_windows(tmp_path, planted, make_windows, monkeypatch):
+    first = cached_means(planted, make_windows(), tmp_path)
+    monkeypatch.setattr("distill.circuits.ablation.node_means", lambda *a, **k: pytest.fail("measured again"))
+    again = cached_means(planted, make_windows(), tmp_path)
+    assert again.head() == first.head() and again.model == first.model == planted.fingerprint()
+    for location, value in first.values.items():
+        assert torch.equal(again.values[location], value)
+    monkeypatch.undo()
+    cached_means(planted, make_windows(1), tmp_path)
+    with torch.no_grad():
+        planted.embed_tokens.weight[0] += 1
+    cached_means(planted, make_windows(), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_kind_of_value_is_kept_on_disk(tmp_path, planted_means):
+    zeros(planted_means).save(tmp_path / "zero.safetensors")
+    assert Means.load(tmp_path / "zero.safetensors").kind == "zero"

@@ -10,32 +10,36 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.circuits.ablation import MeansMismatchError, NonFiniteError, node_means
 from distill.circuits.answers import answer_difference, two_way_loss
-from distill.circuits.prune import (
-    LABEL_BETTER,
-    Price,
-    PruneConfig,
-    prune,
-    prune_batches,
-    target_for,
-)
+from distill.circuits.memory import DeviceMemoryError
+from distill.circuits.prune import LABEL_BETTER, PruneConfig, prune, prune_batches, split_prompts
 from distill.circuits.selection import TargetError
+from distill.circuits.settings import goal_for, target_for
 from distill.circuits.tasks import load_task
+from distill.model import load_tokenizer
 
 QUICK = {"steps": 30, "pairs": 8}
 
 
-def run(model, means, make_prompts, **settings):
+def run(model, means, make_prompts, *, corpus=None, **settings):
     config = PruneConfig(**(QUICK | settings))
-    return prune_batches(model, "opener", make_prompts(64, 1), make_prompts(32, 2), means, config)
+    train, val, verify = (make_prompts(pairs, seed) for pairs, seed in ((64, 1), (32, 2), (32, 3)))
+    return prune_batches(model, "opener", train, val, means, config, verify=verify, corpus=corpus)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_planted_circuit_is_found_exactly(make_planted, make_prompts, make_windows, planted_names, seed):
-    model = make_planted(seed)
+def test_the_planted_circuit_is_found_exactly_by_the_default_settings(
+    make_planted, make_prompts, make_windows, planted_names, planted_edges, seed
+):
+    model = make_planted(seed, stray=0.1)
     before = model.fingerprint()
-    circuit = run(model, node_means(model, make_windows()), make_prompts, seed=seed)
+    train, val, verify = (make_prompts(pairs, 10 * seed + place) for place, pairs in enumerate((64, 32, 32)))
+    means = node_means(model, make_windows())
+    circuit = prune_batches(model, "opener", train, val, means, PruneConfig(seed=seed), verify=verify)
     assert set(circuit.node_names) == set(planted_names)
+    found = {(source, target) for source, target, _ in circuit.to_json(model)["edges"]}
+    assert found == set(planted_edges)
     assert circuit.losses["circuit"] <= circuit.target == 0.15
+    assert circuit.losses["verify"] <= circuit.target and circuit.provenance["verified"]
     assert circuit.losses["calibrated"] <= circuit.losses["circuit"] + 1e-3
     assert circuit.losses["empty"] > 0.5 > circuit.losses["full"]
     assert model.fingerprint() == before and all(p.requires_grad for p in model.parameters())
@@ -50,18 +54,50 @@ def test_the_same_seed_gives_the_same_circuit(planted, planted_means, make_promp
 
 def test_clean_up_only_removes(planted, planted_means, make_prompts):
     rough, clean = (
-        run(planted, planted_means, make_prompts, seed=1, steps=3, screen=0, clean_up=runs) for runs in (0, 60)
+        run(planted, planted_means, make_prompts, seed=1, steps=3, screen=0, clean_up=runs, edge_clean_up=0)
+        for runs in (0, 60)
     )
     assert rough.provenance["nodes_before_clean_up"] == rough.n_nodes == clean.provenance["nodes_before_clean_up"]
-    assert clean.n_nodes < rough.n_nodes
+    assert clean.n_nodes < rough.n_nodes and rough.kept_edges is None
     assert not any(bool(mask.any()) for mask in clean.difference(rough).values())
 
 
-@pytest.mark.parametrize("settings", [{"controller": "coefficient"}, {"tie_qk": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"controller": "coefficient"},
+        {"tie_qk": False},
+        {"estimator": "hard_concrete"},
+        {"estimator": "hard_concrete", "controller": "lagrangian", "density": 0.1, "screen": 0},
+        {"estimator": "attribution"},
+        {"estimator": "attribution", "attribution": "gradient"},
+        {"objective": "faithful"},
+        {"freeze_norms": True},
+        {"calibrated": True},
+        {"rows": 7},
+    ],
+)
 def test_other_settings_meet_the_target_too(planted, planted_means, make_prompts, planted_names, settings):
     circuit = run(planted, planted_means, make_prompts, **settings)
+    if not settings.get("calibrated"):
+        assert set(circuit.node_names) >= set(planted_names)
+        assert circuit.losses["circuit"] <= 0.15 and circuit.losses["verify"] <= 0.15
+    assert circuit.losses["calibrated"] <= 0.15
+    assert circuit.provenance["norms"] == ("frozen" if settings.get("freeze_norms") else "free")
+    if settings.get("objective") == "faithful":
+        assert circuit.losses["faithful"] <= 0.05 and "verify_faithful" in circuit.losses
+
+
+@pytest.mark.parametrize("ablation", ["task", "resample", "zero"])
+def test_other_ablation_values(planted, planted_means, make_prompts, make_windows, planted_names, ablation):
+    circuit = run(planted, planted_means, make_prompts, corpus=make_windows(), ablation=ablation)
     assert set(circuit.node_names) >= set(planted_names)
-    assert circuit.losses["circuit"] <= 0.15
+    assert circuit.losses["circuit"] <= 0.15 and circuit.losses["verify"] <= 0.15
+    assert circuit.means.kind == ("mean" if ablation == "resample" else ablation)
+    assert ablation in circuit.provenance["ablation"]
+    if ablation == "resample":
+        with pytest.raises(ValueError, match="ablation: got 'resample'; allowed: mean, task, zero where no windows"):
+            run(planted, planted_means, make_prompts, ablation=ablation)
 
 
 def test_without_screening_all_nodes_start_on(planted, planted_means, make_prompts):
@@ -100,6 +136,32 @@ def test_a_target_below_the_model_is_labelled(planted, planted_means, make_promp
         assert circuit.losses["circuit"] <= circuit.target < full
 
 
+def test_a_faithful_circuit_cannot_be_better_than_the_model(planted, planted_means, make_prompts):
+    with torch.no_grad():
+        planted.unembed.weight *= 0.3
+    means = node_means(planted, torch.randint(0, 5, (32, 12), generator=torch.Generator().manual_seed(0)))
+    full = float(two_way_loss(answer_difference(planted, make_prompts(32, 2)).detach()))
+    with pytest.raises(TargetError, match=f"is below what the full model reaches, {full:.4g}; a circuit that is to be"):
+        run(planted, means, make_prompts, target=full * 0.99, objective="faithful")
+
+
+def test_too_little_memory_says_how_many_prompts_fit(planted, planted_means, make_prompts, monkeypatch):
+    run_model = type(planted).run
+
+    def small(self, tokens, **options):
+        if len(tokens) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_model(self, tokens, **options)
+
+    monkeypatch.setattr(type(planted), "run", small)
+    with pytest.raises(DeviceMemoryError, match="rows: 128 pairs of prompts at once .* 4 fit: give rows 8 and pairs 4"):
+        run(planted, planted_means, make_prompts)
+    assert run(planted, planted_means, make_prompts, rows=8, pairs=4).losses["circuit"] <= 0.15
+    monkeypatch.setattr(type(planted), "run", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(DeviceMemoryError, match="not even one pair fits"):
+        run(planted, planted_means, make_prompts)
+
+
 def test_a_target_out_of_reach_says_what_was_reached(planted, planted_means, make_prompts):
     with torch.no_grad():
         planted.unembed.weight.zero_()
@@ -116,23 +178,38 @@ def test_relative_target_by_hand():
     assert target_for(PruneConfig(relative=True), full=0.5) == pytest.approx(math.log(2) - 0.83 * (math.log(2) - 0.5))
 
 
-def test_the_price_follows_the_target():
-    config = PruneConfig(price_rate=0.02, smoothing=0.5, k_coef=1e-4)
-    price = Price(config, target=0.1)
-    price.update(0.01)  # log(0.1) is below -1: clipped
-    assert price.value == pytest.approx(1e-4 * math.exp(0.02))
-    price.update(0.21)  # the running mean is 0.11 now
-    assert price.value == pytest.approx(1e-4 * math.exp(0.02 - 0.02 * math.log(1.1)))
-    fixed = Price(PruneConfig(controller="coefficient", k_coef=3e-4), target=0.1)
-    fixed.update(0.01)
-    assert fixed.value == 3e-4
+def test_room_under_the_target_by_hand():
+    assert goal_for(PruneConfig(target=0.2, headroom=0.3), target=0.2, full=0.1) == pytest.approx(0.14)
+    assert goal_for(PruneConfig(headroom=0.3, relative=True), target=0.3, full=0.2) == pytest.approx(0.27)
+    assert goal_for(PruneConfig(target=0.2, goal=0.05), target=0.2, full=0.0) == 0.05
+
+
+def test_prompts_to_learn_decide_and_verify_on_share_no_pair():
+    task, config = load_task("while_return_true"), PruneConfig(train_pairs=20, val_pairs=4, verify_pairs=4)
+    split = split_prompts(task, load_tokenizer("sparse"), config)
+    assert [len(batch) // 2 for batch in (split.train, split.val, split.verify)] == [20, 8, 8]
+    prompts = [
+        tuple(row[: int(last) + 1].tolist())
+        for batch in (split.train, split.val, split.verify)
+        for row, last in zip(batch.tokens, batch.last, strict=True)
+    ]
+    assert len(set(prompts)) == len(prompts) == 72
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "faithful"}, "objective: got 'faithful'; allowed: paper"),
-        ({"controller": "none"}, "controller: got 'none'; allowed: constraint, coefficient"),
+        ({"objective": "nice"}, "objective: got 'nice'; allowed: paper, faithful"),
+        ({"controller": "none"}, "controller: got 'none'; allowed: constraint, coefficient, lagrangian"),
+        ({"estimator": "guess"}, "estimator: got 'guess'; allowed: heaviside, hard_concrete, attribution"),
+        ({"estimator": "attribution", "screen": 0}, "screen: got 0; allowed: 1 and more for attribution"),
+        ({"attribution": "x"}, "attribution: got 'x'; allowed: integrated, gradient"),
+        ({"ablation": "noise"}, "ablation: got 'noise'; allowed: mean, task, resample, zero"),
+        ({"density": 1.0}, "density: got 1.0"),
+        ({"faithful_limit": 0.0}, "faithful_limit: got 0.0"),
+        ({"edge_clean_up": -1}, "edge_clean_up: got -1"),
+        ({"rows": 0}, "rows: got 0; allowed: 1 and more"),
+        ({"goal": 0.5}, "goal: got 0.5; allowed: numbers above 0 up to target"),
         ({"target": 0.0}, "target: got 0.0; allowed: numbers above 0"),
         ({"target": math.nan}, "target: got nan"),
         ({"lr": -1.0}, "lr: got -1.0"),

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distill
@@ -19,6 +19,7 @@ SAMPLE = list(islice(documents(3), 1000))
 TEXT = "\n".join(SAMPLE)
 
 
+@settings(deadline=None)
 @given(index=st.integers(0, 10**9), seed=st.integers(-(2**40), 2**40))
 def test_every_document_compiles(index: int, seed: int) -> None:
     text = document(index, seed)

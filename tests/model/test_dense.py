@@ -101,16 +101,42 @@ def test_a_cache_gives_the_same(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> 
     torch.testing.assert_close(torch.cat([first, rest], 1), model.run(tokens))
 
 
-def test_what_cannot_be_wrapped_is_refused_in_words(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
+class Pattern(Record):
+    wants = frozenset({"pattern"})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_patterns_are_those_of_transformers_and_can_be_replaced(
+    gpt2: GPT2LMHeadModel, tokens: torch.Tensor, padded: bool
+) -> None:
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 1 - int(padded)
+    model, tap = DenseModel(gpt2), Pattern(["0.attn.pattern", "1.attn.pattern"])
+    torch.testing.assert_close(
+        model.run(tokens, tap=tap, attention_mask=mask)[:, 2:], model.run(tokens, attention_mask=mask)[:, 2:]
+    )
+    usual = gpt2.config._attn_implementation
+    gpt2.set_attn_implementation("eager")
+    expected = gpt2(tokens, attention_mask=mask, output_attentions=True).attentions
+    gpt2.set_attn_implementation(str(usual))
+    for i in range(2):
+        torch.testing.assert_close(tap.values[f"{i}.attn.pattern"][:, :, 2:], expected[i][:, :, 2:])
+    looking_at_itself = {"0.attn.pattern": torch.eye(9)}
+    replaced = model.run(tokens, tap=Patterned(looking_at_itself), stop="0.resid_mid")
+    alone = torch.stack([model.run(tokens[:, t : t + 1], position_ids=torch.full((2, 1), t), stop="0.resid_mid")[:, 0]
+                         for t in range(9)], 1)  # fmt: skip
+    torch.testing.assert_close(replaced, alone)
+    assert gpt2.config._attn_implementation == usual
+
+
+class Patterned(Replace):
+    wants = frozenset({"pattern"})
+
+
+def test_what_cannot_be_wrapped_is_refused_in_words() -> None:
     config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, is_decoder=True)
     with pytest.raises(ValueError, match="'bert' cannot be wrapped; allowed are gpt2"):
         DenseModel(BertLMHeadModel(config))
-
-    class Pattern(Record):
-        wants = frozenset({"pattern"})
-
-    with pytest.raises(ValueError, match="pattern"):
-        DenseModel(gpt2).run(tokens, tap=Pattern())
 
 
 @pytest.mark.skipif(not SORT.is_dir(), reason="the checkpoint gpt-nano-sort is not beside the project")

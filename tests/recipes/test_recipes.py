@@ -118,7 +118,7 @@ BAD = [
     ("prune_circuit", ["--task", "no_such_task"], "no_such_task"),
     ("prune_circuit", ["--model", "{models}/texts"], "no model folder"),
     ("prune_circuit", ["--model", "{models}/sparse", "--target", "-1"], "target"),
-    ("prune_circuit", ["--model", "{models}/sparse", "--prune.objective", "faithful"], "objective"),
+    ("prune_circuit", ["--model", "{models}/sparse", "--prune.objective", "best"], "objective"),
     ("prune_circuit", ["--model", "{models}/sparse", "--task", "{models}/none.jsonl"], "none.jsonl"),
     ("prune_circuit", ["--model", "{models}/nowhere"], "nowhere"),
     (

@@ -1,13 +1,17 @@
 """Rates, groups and gradient scaling against arithmetic by hand."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from distill.model import kernels, operations
 from distill.training.optim import (
+    ProjectedAdamW,
     gradient_norm,
+    gradient_scale,
     make_optimizer,
     rate_factor,
     scale_gradients_,
@@ -16,6 +20,13 @@ from distill.training.optim import (
 )
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def plain() -> Iterator[None]:
+    operations.set_path("plain")
+    yield
+    operations.set_path("auto")
 
 
 def test_rate_curve_by_hand():
@@ -101,3 +112,147 @@ def test_impossible_groups_are_refused():
         make_optimizer(module, {"other": nn.Parameter(torch.ones(1))})
     with pytest.raises(ValueError, match="modules: no parameter is trainable"):
         make_optimizer(module.requires_grad_(False), {})
+
+
+# --- steps that project ----------------------------------------------------------------------------------------------
+
+FLOORS = {"mlp_in.weight": (2, 0), "mlp_out.weight": (2, 1)}
+
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mlp_in, self.mlp_out = nn.Linear(24, 60), nn.Linear(60, 24)
+        self.bigram, self.gain = nn.Parameter(torch.zeros(9, 9)), nn.Parameter(torch.ones(24))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def prepared(module: nn.Module) -> ProjectedAdamW:
+    sparse = {name: p for name, p in module.named_parameters() if name.startswith("mlp")}
+    optimizer = make_optimizer(module, sparse, floors=FLOORS)
+    set_rate(optimizer, 0.05, 0.5)
+    return optimizer
+
+
+def advance(module: nn.Module, optimizer: ProjectedAdamW, steps: range) -> list[int]:
+    """Steps on random gradients, annealing from 1 to 1/8; returns the non-zeros."""
+    counts = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in module.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
+        optimizer.step(scale=0.5, fraction=max(1 / 8, 1 - step / 10))
+        counts.append(optimizer.nonzeros)
+    return counts
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(a != 0, b != 0), name
+
+
+def test_a_compiled_training_is_a_plain_one():
+    compiled, by_torch = Unit(), Unit()
+    counts = advance(compiled, prepared(compiled), range(30))
+    operations.set_path("plain")
+    try:
+        assert advance(by_torch, prepared(by_torch), range(30)) == counts
+    finally:
+        operations.set_path("auto")
+    same(compiled, by_torch)
+    least = 2 * round(24 * 60 / 8) + round(60 / 8) + round(24 / 8)
+    assert counts[0] == 2 * 24 * 60 + 60 + 24 and least <= counts[-1] < 1.2 * least
+    assert int((compiled.mlp_out.weight != 0).sum(0).min()) >= 2
+
+
+def test_one_way_goes_on_where_the_other_stopped():
+    whole, half = Unit(), Unit()
+    advance(whole, prepared(whole), range(30))
+    first = prepared(half)
+    advance(half, first, range(15))
+    operations.set_path("plain")
+    try:
+        second = prepared(half)
+        second.load_state_dict(first.state_dict())
+        advance(half, second, range(15, 20))
+    finally:
+        operations.set_path("auto")
+    third = prepared(half)
+    third.load_state_dict(second.state_dict())
+    advance(half, third, range(20, 30))
+    same(whole, half)
+    assert set(third.state[half.gain]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert int(third.state[half.gain]["step"]) == 30
+
+
+def test_a_new_optimiser_with_the_old_state_gives_the_same_bits():
+    whole, half = Unit(), Unit()
+    advance(whole, prepared(whole), range(30))
+    first = prepared(half)
+    advance(half, first, range(20))
+    second = prepared(half)
+    second.load_state_dict(first.state_dict())
+    advance(half, second, range(20, 30))
+    for a, b in zip(whole.parameters(), half.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_without_a_gradient_and_those_of_others(dtype):
+    module = Unit().to(dtype)
+    optimizer = prepared(module)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    module.mlp_in.weight.grad = torch.ones_like(module.mlp_in.weight)
+    optimizer.step(fraction=0.25, without=[module.mlp_out.weight])
+    kept = {name: int((p != 0).sum()) for name, p in module.named_parameters()}
+    assert kept["mlp_in.bias"] == 15 and kept["mlp_out.bias"] == 6 and kept["mlp_in.weight"] >= 360
+    assert torch.equal(module.mlp_out.weight, before["mlp_out.weight"])
+    assert torch.equal(module.gain, before["gain"]) and torch.equal(module.bigram, before["bigram"])
+    assert optimizer.nonzeros == kept["mlp_in.weight"] + kept["mlp_in.bias"] + kept["mlp_out.bias"]
+    assert module.gain not in optimizer.state
+
+
+def test_without_a_fraction_nothing_is_projected():
+    module = Unit()
+    optimizer = prepared(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(int((p != 0).sum()) == p.numel() for p in module.parameters())
+    assert optimizer.nonzeros == 2 * 24 * 60 + 60 + 24
+
+
+def test_a_closure_is_refused():
+    with pytest.raises(ValueError, match="closure: got one"):
+        prepared(Unit()).step(lambda: 1.0)
+
+
+def test_the_norm_is_the_same_either_way(plain):
+    module = Unit()
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    by_torch = float(gradient_norm(module.parameters()))
+    operations.set_path("auto")
+    assert float(gradient_norm(module.parameters())) == pytest.approx(by_torch, rel=1e-6)
+    assert gradient_scale(0.5, "clip") == 1.0 and gradient_scale(0.5, "normalize") == 2.0
+
+
+def test_the_compiled_step_hands_its_pattern_on():
+    if not kernels.available():
+        pytest.skip("no compiler on this machine")
+    module = nn.Module()
+    module.mlp_in = nn.Linear(64, 64)
+    optimizer = make_optimizer(module, {"weight": module.mlp_in.weight}, floors={"weight": (2, 0)})
+    set_rate(optimizer, 0.05, 1.0)
+    for step in range(3):
+        module.mlp_in.weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+        optimizer.step(fraction=0.1)
+    pattern = kernels.Pattern.of(module.mlp_in.weight)
+    assert pattern.by_row.numel() == optimizer.nonzeros == int(module.mlp_in.weight.count_nonzero())
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9))
+    expected = x @ module.mlp_in.weight.T
+    torch.testing.assert_close(kernels.sparse_linear(x, module.mlp_in.weight), expected)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distill.artifact import ArtifactError, Provenance
+from distill.model import kernels, linear_path
 from distill.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from distill.training.optim import make_optimizer
 from distill.training.sparsity import sparse_parameters
@@ -52,7 +53,7 @@ class Cut(Exception):
     pass
 
 
-def run(folder: Path, config=CONFIG, *, resume=False, evaluate=None, cut=None, wrong=None, net=None):
+def run(folder: Path, config=CONFIG, *, resume=False, evaluate=None, cut=None, wrong=None, net=None, **more):
     """Train a `Net` on noisy embeddings (so that the random state matters); stop before step `cut`."""
     net = net or Net()
 
@@ -68,7 +69,7 @@ def run(folder: Path, config=CONFIG, *, resume=False, evaluate=None, cut=None, w
 
     torch.manual_seed(5)
     sparse = sparse_parameters(net)
-    arguments = {"sparse": sparse, "evaluate": evaluate, "resume": resume, "provenance": PROVENANCE}
+    arguments = {"sparse": sparse, "evaluate": evaluate, "resume": resume, "provenance": PROVENANCE, **more}
     history = train(net, objective, DATA, config, folder, **arguments)
     return net, history
 
@@ -131,6 +132,56 @@ def test_switches(tmp_path):
     assert off[-1]["loss"] != clip[-1]["loss"]
     _, normal = run(tmp_path / "normal")
     assert normal[-1]["loss"] != off[-1]["loss"]
+
+
+class Wide(Net):
+    """A `Net` with a matrix that is worth measuring."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Linear(256, 256)
+
+
+def test_the_linear_path_is_measured_once_and_held_on_to(tmp_path, monkeypatch):
+    if not kernels.available():
+        pytest.skip("no compiler on this machine")
+    measured, used = [], []
+
+    def measure(shapes, tokens, linear):
+        measured.append((set(shapes), tokens))
+        return linear_path.LinearPath(crossovers={(256, 256): 0.125}, threads=1)
+
+    def watch(net, loss):
+        used.append([linear_path.chosen(256, 256, density) for density in (0.125, 0.13)])
+        return loss
+
+    monkeypatch.setattr(linear_path, "measure", measure)
+    with pytest.raises(Cut):
+        run(tmp_path / "run", cut=8, wrong=watch, net=Wide())
+    assert measured == [({(256, 256), (VOCABULARY, 8)}, 24)]
+    saved = linear_path.LinearPath.load(tmp_path / "run" / "linear_path.json")
+    assert saved.crossovers == {(256, 256): 0.125}
+    run(tmp_path / "run", resume=True, net=Wide())
+    assert len(measured) == 1 and used == [[True, False]]
+    assert linear_path.chosen(256, 256, 0.13)  # the general rule, again
+
+
+def test_a_named_linear_path_is_used_and_saved(tmp_path):
+    used = []
+
+    def watch(net, loss):
+        used.append(linear_path.chosen(256, 256, 0.9))
+        return loss
+
+    run(tmp_path / "sparse", wrong=watch, linear_path="sparse")
+    run(tmp_path / "file", wrong=watch, linear_path=str(tmp_path / "sparse" / "linear_path.json"))
+    run(tmp_path / "dense", wrong=watch, linear_path="dense")
+    assert used == [True, True, False]
+    assert not (tmp_path / "auto").exists()
+    run(tmp_path / "auto")
+    assert not (tmp_path / "auto" / "linear_path.json").exists()  # nothing here is worth measuring
+    with pytest.raises(ArtifactError, match="no such linear path"):
+        run(tmp_path / "none", linear_path="quick")
 
 
 def test_floor_reaches_the_units(tmp_path):

@@ -1,25 +1,31 @@
-"""Necessity: is the task lost when just the circuit is taken out of the model?
+"""Necessity: is the task lost when just the circuit is taken out of the model, and little else?
 
 A circuit of busy nodes does damage whatever they do, so the damage is read against random node sets of the same size
-at every location and of the same activity.
+at every location and of the same activity (`matched.random_sets`), and beside that done to other tasks and to text.
 """
 
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy, softplus
 
 from distill.circuits.ablation import Means
-from distill.circuits.answers import answer_difference, calibrate, two_way_loss
+from distill.circuits.answers import answer_difference
 from distill.circuits.circuit import Circuit
-from distill.circuits.faithfulness import Check
-from distill.circuits.masks import MaskTap, Nodes
+from distill.circuits.faithfulness.check import Check, Verdict, said
+from distill.circuits.faithfulness.limits import Limits
+from distill.circuits.faithfulness.matched import random_sets
+from distill.circuits.faithfulness.runs import Runs
+from distill.circuits.faithfulness.statistics import by_pair, larger_p, percentile, rank_p, refit
+from distill.circuits.masks import MaskTap
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
+from distill.model.sites import Tap
 
-PERCENTILE = 90.0
-BINS = 10
+NOTHING = 1e-3
+"""A rise of the loss below this, in nats, is none."""
 
 
 @torch.no_grad()
@@ -28,45 +34,97 @@ def necessity(
     circuit: Circuit,
     batch: TaskBatch,
     *,
-    sets: int = 20,
-    percentile: float = PERCENTILE,
-    bins: int = BINS,
+    sets: int | None = None,
+    others: Mapping[str, TaskBatch] | None = None,
+    corpus: Int[Tensor, "n T1"] | None = None,
     seed: int = 0,
+    limits: Limits | None = None,
+    runs: Runs | None = None,
 ) -> Check:
     """The task loss L(M without C) in nats per prompt, the circuit's nodes ablated and everything else running.
 
         L(M without C) = min over s >= 0 of mean log(1 + exp(-s d)),  d = right minus wrong logit of M without C
 
     The refitted scale s keeps a mere loss of contrast from counting as damage; the loss is in [0, ln 2]. Controls are
-    `sets` random node sets (100 for a judgement to print, 20 for a quick one) drawn by `random_nodes`, scored alike.
-    Flagged where the loss is below the `percentile` of the controls. `batch` holds prompts that pruning never saw.
-    CircuitMismatchError for a circuit of another model; ValueError for fewer than one set.
+    `sets` random node sets (by default `limits.sets`) drawn by `random_sets`, scored alike. `batch` holds prompts that
+    pruning never saw.
+
+    Specificity: the rise of the loss, refitted too, on `others` (batches of other tasks by name; details
+    `damage_other_*`), and in nats per token on `corpus` (windows with one token more than targets; `damage_corpus`);
+    `p_specific` is a permutation test of this task's pairs against all others'.
+
+    Flagged where fewer than `percentile` percent of the controls stay below the loss, and where the damage is no larger
+    than the median over other tasks; an artefact where the loss is below the controls' median, or no higher than with
+    the circuit in place. Differences under 1e-3 nats are none. CircuitMismatchError for a circuit of another model;
+    ValueError for fewer than one set.
     """
-    circuit.check(model)
+    limits, runs = limits or Limits(), runs or Runs(model, circuit)
+    sets = limits.sets if sets is None else sets
     if sets < 1:
         raise ValueError(f"sets: got {sets}; allowed are 1 and more")
-    generator = torch.Generator().manual_seed(seed)
-    value, scale = loss_without(model, circuit.nodes, circuit.means, batch)
-    control = [
-        loss_without(model, random_nodes(circuit.nodes, circuit.means, generator, bins=bins), circuit.means, batch)[0]
-        for _ in range(sets)
-    ]
-    threshold = float(torch.quantile(torch.tensor(control, dtype=torch.float64), percentile / 100))
-    flagged = value < threshold
-    reason = (
-        f"without the circuit the loss is {value:.3g}, the random sets' {percentile:.0f}th percentile {threshold:.3g}"
-    )
+    drawn = random_sets(circuit.nodes, circuit.means, sets, torch.Generator().manual_seed(seed), bins=limits.bins)
+    differences = torch.stack([runs.difference(batch, runs.logits(batch, without(one, runs.means)))
+                               for one in (circuit.nodes, *drawn)])  # fmt: skip
+    losses, scales = refit(differences)
+    value, control = float(losses[0]), tuple(losses[1:].tolist())
+    damage = {"task": _damage(runs, batch)}
+    damage |= {f"other_{name}": _damage(runs, other) for name, other in (others or {}).items()}
+    details = {
+        "scale": float(scales[0]),
+        "loss_full": float(refit(runs.difference(batch, runs.full(batch))[None])[0]),
+        "share_of_random_below": sum(loss < value - NOTHING for loss in control) / sets,
+        **{f"damage_{name}": float(each.mean()) for name, each in damage.items()},
+    }
+    if others:
+        rest = torch.cat([by_pair(each) for name, each in damage.items() if name != "task"])
+        details["p_specific"] = larger_p(by_pair(damage["task"]), rest, seed=seed)
+    if corpus is not None:
+        before, after = (corpus_loss(model, corpus, tap) for tap in (None, without(circuit.nodes, runs.means)))
+        details["damage_corpus"] = after - before
+    verdict, reason = _judge(value, control, details, limits)
     return Check(
         name="necessity",
         value=value,
-        control=tuple(control),
-        threshold=threshold,
-        verdict="flag" if flagged else "pass",
-        reason=reason + (": the model does as well without it" if flagged else ""),
+        control=control,
+        threshold=percentile(control, limits.percentile),
+        verdict=verdict,
+        reason=reason,
         n=len(batch),
         seed=seed,
-        details={"scale": scale, "share_of_random_below": sum(loss < value for loss in control) / sets},
+        p=rank_p(value - NOTHING, control, high=True),
+        details=details,
     )
+
+
+def _judge(value: float, control: tuple[float, ...], details: dict[str, float], limits: Limits) -> tuple[Verdict, str]:
+    others = [each for name, each in details.items() if name.startswith("damage_other_")]
+    threshold, median = percentile(control, limits.percentile), percentile(control, 50)
+    seen = f"without the circuit the loss is {said(value)}"
+    least = f"the random sets' {limits.percentile:.0f}th percentile {said(threshold)}"
+    if value <= details["loss_full"] + NOTHING:
+        return "artefact", f"{seen}, no higher than with it ({said(details['loss_full'])}): nothing is lost"
+    if 100 * details["share_of_random_below"] < limits.percentile:
+        if value < median - NOTHING:
+            return "artefact", f"{seen}, below what random sets cost ({said(median)}): the model does not use it"
+        return "flag", f"{seen}, not above {least}: random nodes are needed as much"
+    if others and details["damage_task"] <= percentile(others, 50):
+        rest = f"{said(percentile(others, 50))}"
+        return "flag", f"taking it out costs its own task {said(details['damage_task'])} nats, other tasks {rest}"
+    return "pass", f"{seen}, {least}"
+
+
+def without(nodes: Mapping[str, Bool[Tensor, "width"]], means: Means) -> Tap:
+    """A tap that ablates only these nodes."""
+    return MaskTap({location: ~mask for location, mask in nodes.items()}, means)
+
+
+def _damage(runs: Runs, batch: TaskBatch) -> Float[Tensor, "n"]:
+    """Rise of the loss on each prompt when the circuit is taken out, in nats, at the best scale before and after."""
+    full = runs.difference(batch, runs.full(batch))
+    after = runs.difference(batch, runs.logits(batch, without(runs.circuit.nodes, runs.means)))
+    both = torch.stack([full, after])
+    before, rest = softplus(-refit(both)[1][:, None] * both)
+    return rest - before
 
 
 @torch.no_grad()
@@ -77,43 +135,15 @@ def loss_without(
 
     The scale is fitted on the same prompts, for the circuit and its controls alike: it can only make the loss smaller.
     """
-    tap = MaskTap({location: ~mask for location, mask in nodes.items()}, means)
-    difference = answer_difference(model, batch, tap).double().cpu()
-    fitted = calibrate(difference, torch.zeros_like(difference), shift=False)
-    return float(two_way_loss(fitted.scale * difference)), fitted.scale
+    difference = answer_difference(model, batch, without(nodes, means)).double().cpu()
+    losses, scales = refit(difference[None])
+    return float(losses[0]), float(scales[0])
 
 
-def random_nodes(
-    nodes: Mapping[str, Bool[Tensor, "width"]], means: Means, generator: torch.Generator, *, bins: int = BINS
-) -> Nodes:
-    """A random node set that has, at every location and in every bin of mean |activation|, as many nodes as `nodes`.
-
-    Bins hold equally many nodes of the location; there are `bins` of them, or so many fewer that no bin is drawn by
-    more than half. Nodes outside `nodes` are drawn first; what these cannot fill is taken from `nodes` itself.
-    """
-    drawn: Nodes = {}
-    for location, mask in nodes.items():
-        activity = means.magnitude[location].cpu()
-        drawn[location] = torch.zeros_like(mask)
-        if not bool(mask.any()):
-            continue
-        for members in _open_bins(activity, mask, bins):
-            inside = mask[members]
-            luck = torch.rand(len(members), generator=generator) + inside
-            drawn[location][members[luck.argsort()[: int(inside.sum())]]] = True
-    return drawn
-
-
-def _open_bins(activity: Tensor, mask: Tensor, bins: int) -> list[Tensor]:
-    """As many bins, up to `bins`, as leave a choice in each: a bin of one node would only give that node back."""
-    found = activity_bins(activity, bins)
-    while bins > 1 and any(2 * int(mask[members].sum()) > len(members) for members in found):
-        bins //= 2
-        found = activity_bins(activity, bins)
-    return found
-
-
-def activity_bins(activity: Float[Tensor, "width"], bins: int) -> list[Tensor]:
-    """Channel indices in `bins` groups of equal size, from the least to the most active."""
-    order = torch.argsort(activity, stable=True)
-    return [part for part in torch.tensor_split(order, bins) if len(part)]
+@torch.no_grad()
+def corpus_loss(model: Runnable, windows: Int[Tensor, "n T1"], tap: Tap | None) -> float:
+    """Next-token loss on windows of text, in nats per token; each window has one token more than it has targets."""
+    tokens = windows.to(next(model.parameters()).device).long()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = model.readout(model.run(inputs, tap=tap, stop="final_resid"), inputs)
+    return float(cross_entropy(logits.float().flatten(0, 1), targets.flatten()))

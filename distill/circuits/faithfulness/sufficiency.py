@@ -1,23 +1,20 @@
 """Sufficiency: does the circuit alone do the task, and does it answer as the model does?"""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, softplus
 
 from distill.circuits.ablation import Means
-from distill.circuits.answers import answer_difference, answer_logits, two_way_loss
+from distill.circuits.answers import answer_difference, two_way_loss
 from distill.circuits.circuit import Circuit
-from distill.circuits.faithfulness import Check
+from distill.circuits.faithfulness.check import Check, said, verdict_of
+from distill.circuits.faithfulness.limits import Limits
+from distill.circuits.faithfulness.runs import Runs
+from distill.circuits.faithfulness.statistics import by_pair, mean_interval, spread_of
 from distill.circuits.masks import MaskTap, all_nodes
-from distill.circuits.tasks import TaskBatch, logit_difference
+from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
-
-TAIL_RATIO = 10.0
-TAIL_FLOOR = 1e-3
-"""A 95th percentile of KL below this, in nats, is rounding and no tail."""
 
 
 @torch.no_grad()
@@ -26,37 +23,43 @@ def sufficiency(
     circuit: Circuit,
     batch: TaskBatch,
     *,
-    tail_ratio: float = TAIL_RATIO,
-    tail_floor: float = TAIL_FLOOR,
+    limits: Limits | None = None,
+    runs: Runs | None = None,
 ) -> Check:
     """The circuit's task loss L(C) in nats per prompt, and how far its answers are from the model's.
 
         L(C)       = mean log(1 + exp(-d_C)),  d = logit of the right minus logit of the wrong answer
         KL(M || C) = sum_a p_M(a) log(p_M(a) / p_C(a))
 
-    with a over the two answers (`kl_answers_*`) and over the vocabulary (`kl_vocabulary_*`), per prompt; agreement is
-    the share of prompts with the same arg max. `batch` holds prompts that pruning never saw. Flagged where the target
-    is met only after calibration or not at all, and where the 95th percentile of the KL on the answers exceeds
-    `tail_ratio` times its median (and `tail_floor` nats). CircuitMismatchError for a circuit of another model.
+    with a over the two answers (`kl_answers_*`, and `kl_answers_calibrated_*`) and over the vocabulary
+    (`kl_vocabulary_*`), per prompt; agreement is the share of prompts with the same arg max; `loss_low` and `loss_high`
+    are the ends of a 95% bootstrap interval over pairs. `batch` holds prompts that pruning never saw. Flagged where the
+    target is missed or met only after calibration, where it is met though the model itself misses it, and where the
+    95th percentile of the KL on the answers exceeds `tail_ratio` times its median (and `tail_floor` nats).
+    CircuitMismatchError for a circuit of another model.
     """
-    tap = circuit.tap(model)
-    logits, ours = answer_logits(model, batch).float(), answer_logits(model, batch, tap).float()
-    batch = batch.to(logits.device)
-    difference = logit_difference(ours, batch)
-    calibrated = circuit.calibration(difference, batch.orientation)
-    full = logit_difference(logits, batch)
-    loss, after = float(two_way_loss(difference)), float(two_way_loss(calibrated))
-    answers = kl(_pair(full), _pair(difference))
+    limits, runs = limits or Limits(), runs or Runs(model, circuit)
+    logits, ours = runs.full(batch), runs.ours(batch)
+    full, difference = runs.difference(batch, logits), runs.difference(batch, ours)
+    calibrated = circuit.calibration(difference, batch.orientation.double().cpu())
+    answers = answer_kl(full, difference)
+    low, high = mean_interval(by_pair(softplus(-difference)))
     details = {
         "loss_full": float(two_way_loss(full)),
-        "loss_calibrated": after,
-        "agreement_answers": float(((full > 0) == (difference > 0)).float().mean()),
-        "agreement_vocabulary": float((logits.argmax(-1) == ours.argmax(-1)).float().mean()),
+        "loss_calibrated": float(two_way_loss(calibrated)),
+        "loss_low": low,
+        "loss_high": high,
+        **spread_of("loss", softplus(-difference)),
+        "agreement_answers": float(((full > 0) == (difference > 0)).double().mean()),
+        "agreement_vocabulary": float((logits.argmax(-1) == ours.argmax(-1)).double().mean()),
         **spread_of("kl_answers", answers),
-        **spread_of("kl_answers_calibrated", kl(_pair(full), _pair(calibrated))),
+        **spread_of("kl_answers_calibrated", answer_kl(full, calibrated)),
         **spread_of("kl_vocabulary", kl(logits, ours)),
     }
-    verdict, reason = _judge(circuit.target, loss, after, details, tail_ratio, tail_floor)
+    loss = float(two_way_loss(difference))
+    complaints = _complaints(circuit.target, loss, details, limits)
+    praise = f"loss {said(loss)} meets the target {said(circuit.target)}; KL on the answers {_tail(details)}"
+    verdict, reason = verdict_of(complaints, praise)
     return Check(
         name="sufficiency",
         value=loss,
@@ -68,17 +71,25 @@ def sufficiency(
     )
 
 
-def _judge(
-    target: float, loss: float, after: float, details: dict[str, float], ratio: float, floor: float
-) -> tuple[Literal["pass", "flag"], str]:
+def _complaints(target: float, loss: float, details: dict[str, float], limits: Limits) -> list[str]:
+    after, full = details["loss_calibrated"], details["loss_full"]
     tail, median = details["kl_answers_p95"], details["kl_answers_median"]
+    found = []
     if loss > target and after > target:
-        return "flag", f"loss {loss:.3g} misses the target {target:.3g}, calibrated {after:.3g} too"
-    if loss > target:
-        return "flag", f"loss {loss:.3g} meets the target {target:.3g} only after calibration ({after:.3g})"
-    if tail > max(ratio * median, floor):
-        return "flag", f"on some prompts it answers quite unlike the model: KL at p95 {tail:.3g}, median {median:.3g}"
-    return "pass", f"loss {loss:.3g} meets the target {target:.3g}; KL on the answers at p95 {tail:.3g}"
+        found.append(f"loss {said(loss)} misses the target {said(target)}, calibrated {said(after)} too")
+    elif loss > target:
+        found.append(f"loss {said(loss)} meets the target {said(target)} only after calibration ({said(after)})")
+    elif full > target:
+        found.append(
+            f"it does better ({said(loss)}) than the model ({said(full)}), which misses the target {said(target)}"
+        )
+    if tail > max(limits.tail_ratio * median, limits.tail_floor):
+        found.append(f"on some prompts it answers quite unlike the model: KL {_tail(details)}")
+    return found
+
+
+def _tail(details: dict[str, float]) -> str:
+    return f"at p95 {said(details['kl_answers_p95'])}, median {said(details['kl_answers_median'])}"
 
 
 def kl(model: Float[Tensor, "n A"], circuit: Float[Tensor, "n A"]) -> Float[Tensor, "n"]:
@@ -87,16 +98,13 @@ def kl(model: Float[Tensor, "n A"], circuit: Float[Tensor, "n A"]) -> Float[Tens
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
+def answer_kl(model: Float[Tensor, "n"], circuit: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """`kl` on the two answers, from logit differences."""
+    return kl(_pair(model), _pair(circuit))
+
+
 def _pair(difference: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
     return torch.stack([difference, torch.zeros_like(difference)], -1)
-
-
-def spread_of(name: str, values: Float[Tensor, "n"]) -> dict[str, float]:
-    """Mean, median, interquartile range, 95th and 99th percentile over prompts, as `{name}_mean` and so on."""
-    shares = torch.tensor([0.25, 0.5, 0.75, 0.95, 0.99], dtype=torch.float64, device=values.device)
-    low, median, high, p95, p99 = torch.quantile(values.double(), shares).tolist()
-    found = {"mean": float(values.mean()), "median": median, "iqr": high - low, "p95": p95, "p99": p99}
-    return {f"{name}_{statistic}": value for statistic, value in found.items()}
 
 
 @torch.no_grad()

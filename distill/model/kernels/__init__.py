@@ -6,18 +6,24 @@
 from distill.model.kernels.attention import causal_attention
 from distill.model.kernels.build import library
 from distill.model.kernels.linear import Pattern, sparse_linear, weight_gradient, worth_it
-from distill.model.kernels.projection import magnitude_cut, project_, shrink_
+from distill.model.kernels.optimizer import AdamStep, Projected, adamw_, sum_of_squares
+from distill.model.kernels.projection import keep_, magnitude_cut, project_, shrink_
 from distill.model.kernels.topk import abs_topk
 
 __all__ = [
+    "AdamStep",
     "Pattern",
+    "Projected",
     "abs_topk",
+    "adamw_",
     "available",
     "causal_attention",
+    "keep_",
     "magnitude_cut",
     "project_",
     "shrink_",
     "sparse_linear",
+    "sum_of_squares",
     "weight_gradient",
     "worth_it",
 ]

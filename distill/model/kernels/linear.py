@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -24,6 +24,11 @@ LEAST_SIDE = 32
 
 _BLOCK = 64
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _state(weight: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """What is another once the weight has changed."""
+    return weight.data_ptr(), weight._version, tuple(weight.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,11 +55,42 @@ class Pattern:
         """The entries of `weight`, kept until it is changed in place (as torch counts changes: not through `.data`)."""
         if weight.is_inference():  # torch does not count its changes
             return cls._build(weight.contiguous())
-        state = (weight.data_ptr(), weight._version, tuple(weight.shape))
         found = _kept.get(weight)
-        if found is None or found[0] != state:
-            found = _kept[weight] = (state, cls._build(weight.detach().contiguous()))
+        if found is None or found[0] != _state(weight):
+            found = _kept[weight] = (_state(weight), cls._build(weight.detach().contiguous()))
         return found[1]
+
+    @classmethod
+    def remember(
+        cls,
+        weight: Float[Tensor, "o i"],
+        row_start: Int[Tensor, " o+1"],
+        by_row: Int[Tensor, " n"],
+        column_start: Int[Tensor, " i+1"],
+        by_column: Int[Tensor, " n"],
+    ) -> "Pattern":
+        """Takes entries worked out elsewhere for what `of` would find in `weight` as it is now.
+
+        Arguments:
+            weight: its entries that are not zero are those given, which is not checked.
+            row_start: int32; the entries of row r are those from row_start[r] up to row_start[r + 1].
+            by_row: entries row after row, columns ascending.
+            column_start: int32; as `row_start`, for columns.
+            by_column: entries column after column, rows ascending.
+        """
+        assert row_start.dtype == column_start.dtype == torch.int32, f"{row_start.dtype}, {column_start.dtype}"
+        assert by_row.dtype == by_column.dtype == torch.int64, f"{by_row.dtype}, {by_column.dtype}"
+        rows, columns = weight.shape
+        found = cls(
+            rows=rows,
+            columns=columns,
+            row_start=row_start,
+            by_row=by_row,
+            column_start=column_start,
+            by_column=by_column,
+        )
+        _kept[weight] = (_state(weight), found)
+        return found
 
     @classmethod
     def _build(cls, weight: Tensor) -> "Pattern":

@@ -3,41 +3,16 @@
 // A sample says between which two magnitudes the cut lies, wide enough to be nearly always right. One pass over the data
 // counts what is above and collects what is between; the cut is found among those. Where the sample was wrong, the
 // bracket is widened and the pass done again, so the result is exact. A second pass sets the rest to zero.
-#include "search.hpp"
+#include "cut.hpp"
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 static const int64_t SAMPLE = 8192;     // entries looked at, at most
 static const int64_t SPACING = 61;      // and their least distance; a prime does not fall into step with rows
 static const int64_t CHUNK = 1 << 14;   // entries per piece of a pass
 static const double DEVIATIONS = 4;     // half-width of the bracket in standard deviations of the sample's rank
-
-// Magnitudes of x in [low, high) to `found`, as many as there are; returns how many. `above` counts those from high on.
-static int64_t collect(const float* x, int64_t n, int64_t low, int64_t high, int32_t* found, int64_t* above) {
-    Ints from = splat((int32_t)low), to = splat((int32_t)(high - 1)), over{};
-    int32_t* next = found;
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        Ints size = (Ints)load(x + j) & MAGNITUDE;
-        over -= (Ints)(size > to);
-        uint64_t bits = pack((Ints)(size >= from) & (Ints)(size <= to));
-        if (!bits) continue;
-#if LANES == 16
-        _mm512_storeu_si512(next, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)size));
-        next += __builtin_popcountll(bits);
-#else
-        for (; bits; bits &= bits - 1) *next++ = size[__builtin_ctzll(bits)];
-#endif
-    }
-    *above += sum(over);
-    for (; j < n; j++) {
-        int64_t size = as_bits(x[j]) & MAGNITUDE;
-        *above += size >= high;
-        if (size >= low && size < high) *next++ = (int32_t)size;
-    }
-    return next - found;
-}
 
 // The bracket [low, high) that the sample proposes.
 static void propose(const float* x, int64_t n, int64_t count, int64_t* low, int64_t* high) {
@@ -64,7 +39,83 @@ static void propose(const float* x, int64_t n, int64_t count, int64_t* low, int6
     }
 }
 
+// Per row (axis 0) or column (axis 1) of x (rows, columns): how many entries are above `cut`.
+static void count_above(
+    const float* x, int64_t rows, int64_t columns, int64_t axis, int32_t cut, int32_t* counts, int64_t threads) {
+    int64_t slabs = axis == 0 ? 1 : threads;
+    std::vector<int32_t> parts((size_t)(slabs * columns));
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
+    for (int64_t slab = 0; slab < threads; slab++) {
+        int32_t* here = parts.data() + (axis == 0 ? 0 : slab * columns);
+        for (int64_t r = rows * slab / threads; r < rows * (slab + 1) / threads; r++) {
+            const float* row = x + r * columns;
+            Ints total{};
+            int64_t c = 0;
+            for (; c + LANES <= columns; c += LANES) {
+                Ints above = (Ints)(((Ints)load(row + c) & MAGNITUDE) > cut);
+                if (axis == 0)
+                    total -= above;
+                else
+                    store(here + c, load(here + c) - above);
+            }
+            int32_t rest = sum(total);
+            for (; c < columns; c++) {
+                int32_t above = (as_bits(row[c]) & MAGNITUDE) > cut;
+                if (axis == 0)
+                    rest += above;
+                else
+                    here[c] += above;
+            }
+            if (axis == 0) counts[r] = rest;
+        }
+    }
+    if (axis == 0) return;
+    for (int64_t c = 0; c < columns; c++) {
+        counts[c] = 0;
+        for (int64_t slab = 0; slab < slabs; slab++) counts[c] += parts[(size_t)(slab * columns + c)];
+    }
+}
+
 extern "C" {
+
+// The `floor` largest entries of each row (axis 0) or column (axis 1) of which fewer are above `cut`, ties by the lowest
+// index: their places and values, closed up; `found` says how many. There is room for units * floor of them.
+void projection_floor(
+    const float* x, int64_t rows, int64_t columns, int64_t axis, int64_t floor, float cut, int64_t* at, float* value,
+    int64_t* found, int64_t threads) {
+    int64_t units = axis == 0 ? rows : columns, wanting = 0;
+    std::vector<int32_t> slot((size_t)units), bar((size_t)units, MAGNITUDE);
+    count_above(x, rows, columns, axis, (int32_t)as_bits(cut), slot.data(), threads);
+    for (size_t u = 0; u < slot.size(); u++)
+        if (slot[u] < floor) bar[u] = 0;
+    for (size_t u = 0; u < slot.size(); u++) slot[u] = bar[u] == 0 ? (int32_t)wanting++ : -1;
+    *found = 0;
+    if (wanting == 0) return;
+    std::vector<Ranked<int64_t>> best((size_t)(wanting * floor), {0.0f, 0});
+    auto offer = [&](int64_t unit, int64_t index) {
+        if ((as_bits(x[index]) & MAGNITUDE) <= bar[(size_t)unit]) return;
+        Ranked<int64_t>* first = best.data() + slot[(size_t)unit] * floor;
+        enter(first, floor, {x[index], index});
+        bar[(size_t)unit] = (int32_t)as_bits(first[floor - 1].value) & MAGNITUDE;
+    };
+    for (int64_t r = 0; r < rows; r++) {
+        if (axis == 0 && slot[(size_t)r] < 0) continue;
+        int64_t from = r * columns, c = 0;
+        for (; c + LANES <= columns; c += LANES) {
+            Ints least = axis == 0 ? splat(bar[(size_t)r]) : load(bar.data() + c);
+            for (uint64_t rest = pack((Ints)(((Ints)load(x + from + c) & MAGNITUDE) > least)); rest; rest &= rest - 1) {
+                int64_t column = c + __builtin_ctzll(rest);
+                offer(axis == 0 ? r : column, from + column);
+            }
+        }
+        for (; c < columns; c++) offer(axis == 0 ? r : c, from + c);
+    }
+    for (const Ranked<int64_t>& entry : best)
+        if (entry.value != 0.0f) {
+            at[*found] = entry.mark;
+            value[(*found)++] = entry.value;
+        }
+}
 
 // The magnitude `value` so that entries above it stay and the first `stay` of the `equal` ones that are equal to it.
 // Value 0: fewer than `count` entries are not zero, all of them stay. `found` has room for n + 64 * pieces magnitudes;
@@ -79,7 +130,7 @@ void projection_cut(
         for (int64_t p = 0; p < pieces; p++) {
             int64_t here = std::min(CHUNK, n - p * CHUNK);
             counts[pieces + p] = 0;
-            counts[p] = collect(x + p * CHUNK, here, low, high, found + p * (CHUNK + 64), counts + pieces + p);
+            counts[p] = between(x + p * CHUNK, here, low, high, found + p * (CHUNK + 64), counts + pieces + p);
         }
         total = above = 0;
         for (int64_t p = 0; p < pieces; p++) {
@@ -104,25 +155,10 @@ void projection_cut(
         memmove(found + at, found + p * (CHUNK + 64), (size_t)counts[p] * 4);
         at += counts[p];
     }
-    int64_t padded = round_up(total, COUNTED);
-    memset(found + total, 0, (size_t)(padded - total) * 4);
-    int32_t k = (int32_t)(count - above), bound = (int32_t)low;
-    if (total > k) {
-        Bracket bracket = {low, (int32_t)total, high, 0};
-        float left = as_float(low), right = as_float(high);
-        float guess = left + (right - left) * ((float)(total - k) / (float)total);
-        bound = search(found, padded, k, bracket, guess, 0).bound;
-    }
-    // The bound lies between two entries where nothing is tied: the smallest that reaches it is the cut.
-    int32_t least = MAGNITUDE;
-    for (int64_t i = 0; i < total; i++) least = found[i] >= bound && found[i] < least ? found[i] : least;
-    int64_t larger = 0;
-    for (int64_t i = 0; i < total; i++) {
-        *equal += found[i] == least;
-        larger += found[i] > least;
-    }
-    *value = as_float(least);
-    *stay = count - above - larger;
+    Threshold cut = cut_among(found, total, count - above, low, high);
+    *value = as_float(cut.bits);
+    *stay = cut.stay;
+    *equal = cut.equal;
 }
 
 // Sets to zero what is smaller than `value`, and of those equal to it all but the first `stay`.

@@ -1,4 +1,4 @@
-"""Sufficiency: KL and percentiles by hand; the planted circuit passes, lucky and calibrated ones are flagged."""
+"""Sufficiency: KL by hand; the planted circuit passes, lucky, calibrated and all too able ones are flagged."""
 
 import math
 from dataclasses import replace
@@ -7,17 +7,10 @@ import pytest
 import torch
 
 from distill.circuits.answers import Calibration
-from distill.circuits.circuit import Circuit, CircuitMismatchError
-from distill.circuits.faithfulness.sufficiency import kl, loss_empty, spread_of, sufficiency
+from distill.circuits.circuit import CircuitMismatchError
+from distill.circuits.faithfulness import Limits
+from distill.circuits.faithfulness.sufficiency import kl, loss_empty, sufficiency
 from distill.circuits.masks import all_nodes
-
-
-@pytest.fixture
-def circuit(planted, planted_means, choose):
-    return Circuit(
-        model=planted.fingerprint(), model_name="planted", task="opener", nodes=choose(planted), scores={},
-        means=planted_means, calibration=Calibration(), losses={}, target=0.15,
-    )  # fmt: skip
 
 
 def test_kl_by_hand():
@@ -27,21 +20,17 @@ def test_kl_by_hand():
     assert float(kl(half, half)) == 0
 
 
-def test_spread_by_hand():
-    found = spread_of("x", torch.arange(101.0))
-    assert found == pytest.approx({"x_mean": 50, "x_median": 50, "x_iqr": 50, "x_p95": 95, "x_p99": 99})
-
-
 def test_the_planted_circuit_passes(circuit, planted, make_prompts):
     check = sufficiency(planted, circuit, make_prompts(16, 5))
     assert check.verdict == "pass" and check.value < 0.01 and check.n == 32
     assert check.details["agreement_answers"] == 1
+    assert check.details["loss_low"] <= check.value <= check.details["loss_high"] <= check.details["loss_max"]
 
 
 def test_the_whole_model_as_a_circuit_is_the_model(circuit, planted, make_prompts):
     check = sufficiency(planted, circuit.with_nodes(all_nodes(planted.widths)), make_prompts(16, 5))
     assert check.value == check.details["loss_full"]
-    assert check.details["kl_vocabulary_p99"] == 0 == check.details["kl_answers_p95"]
+    assert check.details["kl_vocabulary_max"] == 0 == check.details["kl_answers_max"]
     assert check.details["agreement_vocabulary"] == 1
 
 
@@ -62,8 +51,19 @@ def test_a_circuit_that_cannot_do_the_task_is_flagged(circuit, planted, planted_
     assert check.value == pytest.approx(loss_empty(planted, planted_means, batch))
 
 
+def test_doing_better_than_the_model_is_flagged(circuit, planted, make_prompts):
+    # The model errs where one more channel, which the circuit leaves out, speaks against the answer.
+    with torch.no_grad():
+        planted.layers[0].attn_out.weight[0, 0] = 1.0
+        planted.unembed.weight[5, 0], planted.unembed.weight[6, 0] = -6.0, 6.0
+    able = replace(circuit, model=planted.fingerprint())
+    check = sufficiency(planted, able, make_prompts(16, 5))
+    assert check.details["loss_full"] > 0.15 > check.value
+    assert check.verdict == "flag" and "does better" in check.reason
+
+
 def test_a_tail_of_disagreement_is_flagged(circuit, planted, make_prompts):
-    check = sufficiency(planted, circuit, make_prompts(16, 5), tail_ratio=0.0, tail_floor=0.0)
+    check = sufficiency(planted, circuit, make_prompts(16, 5), limits=Limits(tail_ratio=0.0, tail_floor=0.0))
     assert check.verdict == "flag" and "unlike the model" in check.reason
 
 

@@ -1,0 +1,103 @@
+"""Circuits for other programs: networkx graphs, GraphML, edge lists, JSON.
+
+In all of them a node is called as everywhere here, `3.attn.act_in.83`, and an edge is a kept weight.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.artifact import write_json
+from distill.circuits.circuit import Circuit, edge_list
+from distill.model.run import Runnable
+from distill.model.sites import kind_of, layer_of, node_name
+
+if TYPE_CHECKING:
+    import networkx
+
+COLUMNS = ("source", "target", "weight")
+
+
+def to_networkx(circuit: Circuit, model: Runnable) -> "networkx.DiGraph":
+    """The circuit as a directed graph: kept nodes, and kept edges from source to target with their `weight`.
+
+    Nodes carry `location`, `layer`, `kind`, `channel` and `score`; the graph carries model, task, target, losses and
+    counts. Values are plain. ValueError where networkx is not installed; CircuitMismatchError for another model.
+    """
+    try:
+        import networkx
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "networkx: is not installed, and graphs and GraphML need it: pip install networkx; "
+            "edge lists (.csv) and .json do without"
+        ) from error
+    head = {"model": circuit.model, "model_name": circuit.model_name, "task": circuit.task, "target": circuit.target}
+    losses = {f"loss_{name}": value for name, value in circuit.losses.items()}
+    graph = networkx.DiGraph()
+    graph.graph |= head | losses | circuit.counts(model)
+    for location, mask in circuit.nodes.items():
+        for channel in mask.nonzero()[:, 0].tolist():
+            graph.add_node(
+                node_name(location, channel),
+                location=location,
+                layer=layer_of(location),
+                kind=kind_of(location),
+                channel=channel,
+                score=float(circuit.scores[location][channel]),
+            )
+    for source, target, weight in edge_list(circuit.edges(model)):
+        graph.add_edge(source, target, weight=weight)
+    return graph
+
+
+def write_graphml(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
+    """Writes `to_networkx` as GraphML, which Gephi, Cytoscape and yEd read. Returns the path."""
+    graph = to_networkx(circuit, model)
+    import networkx
+
+    return _write(path, "\n".join(networkx.generate_graphml(graph)) + "\n")
+
+
+def write_edge_list(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
+    """Writes the kept edges as CSV, one a line in the order of the run: source, target, weight. Returns the path."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(edge_list(circuit.edges(model)))
+    return _write(path, text.getvalue())
+
+
+def write_summary(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
+    """Writes `Circuit.to_json` with counts and kept edges. Returns the path."""
+    write_json(path, circuit.to_json(model))
+    return Path(path)
+
+
+WRITERS: Mapping[str, Any] = {".graphml": write_graphml, ".csv": write_edge_list, ".json": write_summary}
+
+
+def export(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
+    """Writes a circuit in the form that the name of the file asks for: .graphml, .csv or .json. Returns the path.
+
+    ValueError for another name; see `to_networkx`.
+    """
+    suffix = Path(path).suffix
+    if suffix not in WRITERS:
+        raise ValueError(f"path: {Path(path).name!r} ends in no known form; allowed are {', '.join(WRITERS)}")
+    return WRITERS[suffix](circuit, model, path)
+
+
+def _write(path: str | Path, text: str) -> Path:
+    """Writes a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

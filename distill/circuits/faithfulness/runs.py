@@ -1,0 +1,158 @@
+"""Runs of a model and of a circuit in it that the checks share, so that none is made twice."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from distill.circuits.ablation import Means
+from distill.circuits.answers import answer_logits
+from distill.circuits.circuit import Circuit
+from distill.circuits.edges import (
+    EdgeSet,
+    EdgeTap,
+    chosen_edges,
+    edge_difference,
+    edge_total,
+    edge_union,
+    edges_between,
+    induced_edge_set,
+)
+from distill.circuits.masks import MaskTap, Nodes, all_nodes
+from distill.circuits.tasks import TaskBatch, logit_difference
+from distill.model.run import Runnable
+from distill.model.sites import EXTRAS, Tap, chain
+
+
+class Runs:
+    """A model with one of its circuits; what was run once is kept.
+
+    CircuitMismatchError for a circuit of another model.
+    """
+
+    def __init__(self, model: Runnable, circuit: Circuit) -> None:
+        circuit.check(model)
+        self.model, self.circuit = model, circuit
+        self.device = next(model.parameters()).device
+        self.means = circuit.means.to(self.device)
+        induced = induced_edge_set(model, circuit.nodes)
+        self.edges: EdgeSet = induced if circuit.kept_edges is None else circuit.kept_edges
+        """Edges of the circuit."""
+        self.dropped = edge_difference(induced, self.edges)
+        """Edges that were pruned between nodes of the circuit."""
+        self._kept: dict[tuple[str, int, int], tuple[TaskBatch, Tensor]] = {}
+        self._parts: dict[tuple[int, int], tuple[TaskBatch, TaskBatch]] = {}
+
+    def first(self, batch: TaskBatch, pairs: int) -> TaskBatch:
+        """The first `pairs` pairs of a batch: the same object whenever the same are asked for."""
+        if 2 * pairs >= len(batch):
+            return batch
+        key = (id(batch), pairs)
+        if key not in self._parts:
+            # The batch is kept beside its part, so that its id stays taken.
+            self._parts[key] = (batch, batch.take(torch.arange(pairs)))
+        return self._parts[key][1]
+
+    def tap(self, nodes: Nodes | None = None, means: Means | None = None, *, edges: EdgeSet | None = None) -> Tap:
+        """A tap that runs only these nodes (by default the circuit's), the others at these ablation values.
+
+        `edges` are those of the circuit that stay (by default all of them). Nodes of the circuit alone have no other
+        edges than the circuit; a set with any other node has all the edges between its nodes.
+        """
+        means = self.means if means is None else means
+        if nodes is None and edges is None:
+            return self._tap(self.circuit.nodes, self.dropped, means)
+        nodes = self.circuit.nodes if nodes is None else nodes
+        if not self.holds(nodes):
+            return self._tap(nodes, {}, means)
+        induced = edges_between(edge_union(self.edges, self.dropped), nodes)
+        return self._tap(nodes, edge_difference(induced, self.edges if edges is None else edges), means)
+
+    def holds(self, nodes: Nodes) -> bool:
+        """Whether all of these nodes are the circuit's."""
+        return not any(bool((mask & ~self.circuit.nodes[location]).any()) for location, mask in nodes.items())
+
+    def parted(self, masks: Mapping[str, Tensor], *, pruned: bool, competition: bool = False) -> Tap:
+        """A tap that restores nodes in part, x = a + m (x - a) for masks m in [0, 1], with gradients to the masks.
+
+        `pruned` leaves the edges out that the circuit does. `competition` lets nodes compete for AbsTopK slots that are
+        off: else one that is off does not know what it is worth, and gets no true gradient.
+        """
+        part = (MaskTap if competition else PartTap)(masks, self.means, competition=competition)
+        if not pruned or not edge_total(self.dropped):
+            return part
+        return _PartWithoutEdges(part, EdgeTap(self.model, self.dropped, self.means))
+
+    def _tap(self, nodes: Nodes, dropped: EdgeSet, means: Means) -> Tap:
+        mask = MaskTap(nodes, means)
+        return chain(mask, EdgeTap(self.model, dropped, means)) if edge_total(dropped) else mask
+
+    def restored(self, draw: Callable[[int], Bool[Tensor, "size"]]) -> Tap:
+        """The circuit with some of what was pruned back in place: `draw(size)` says which out of `size` things."""
+        nodes = {location: mask | draw(len(mask)) for location, mask in self.circuit.nodes.items()}
+        return self._tap(nodes, chosen_edges(self.dropped, ~draw(edge_total(self.dropped))), self.means)
+
+    @torch.no_grad()
+    def logits(self, batch: TaskBatch, tap: Tap | None) -> Float[Tensor, "n V"]:
+        """Logits over the vocabulary at the last token of each prompt."""
+        return answer_logits(self.model, batch, tap).float()
+
+    def full(self, batch: TaskBatch) -> Float[Tensor, "n V"]:
+        """Logits of the full model; kept."""
+        return self._once("full", batch, lambda: self.logits(batch, None))
+
+    def ours(self, batch: TaskBatch) -> Float[Tensor, "n V"]:
+        """Logits of the circuit; kept."""
+        return self._once("circuit", batch, lambda: self.logits(batch, self.tap()))
+
+    def empty(self, batch: TaskBatch) -> Float[Tensor, "n V"]:
+        """Logits with every node ablated; kept."""
+        none = all_nodes(self.model.widths, keep=False)
+        return self._once("empty", batch, lambda: self.logits(batch, self.tap(none)))
+
+    def difference(self, batch: TaskBatch, logits: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
+        """Logit of the right minus that of the wrong answer, in float64 on the CPU."""
+        return logit_difference(logits, batch.to(logits.device)).double().cpu()
+
+    def of(self, batch: TaskBatch, nodes: Nodes, means: Means | None = None) -> Float[Tensor, "n"]:
+        """Logit differences of the circuit that consists of these nodes."""
+        return self.difference(batch, self.logits(batch, self.tap(nodes, means)))
+
+    def _once(self, what: str, batch: TaskBatch, run: Callable[[], Tensor]) -> Tensor:
+        key = (what, id(batch), len(batch))
+        if key not in self._kept:
+            self._kept[key] = (batch, run())
+        return self._kept[key][1]
+
+
+class PartTap(MaskTap):
+    """A tap that restores nodes in part: x = a + m (x - a) for masks m in [0, 1].
+
+    A node competes for AbsTopK slots as soon as its mask is above 0. For masks of 0 and 1 this is `MaskTap`, which for
+    others would scale a node twice.
+    """
+
+    def __call__(self, site: str, x: Tensor, /) -> Tensor:
+        location = site.removesuffix(".pre")
+        if location == site or location not in self.masks:
+            return super().__call__(site, x)
+        return self._protect(x * (self.masks[location] > 0).to(x), x)
+
+
+class _PartWithoutEdges:
+    """Partial masks and dropped edges. A node is masked after it has lost its edges, and loses its own to others as it
+    then is; behind a mask, as `EdgeTap` stands otherwise, what a node has lost would not be scaled by the mask."""
+
+    def __init__(self, part: MaskTap, edges: EdgeTap) -> None:
+        self.part, self.edges = part, edges
+        self.wants = part.wants | edges.wants
+
+    def __call__(self, site: str, x: Tensor, /) -> Tensor:
+        if site in self.part.masks:
+            # Where there is no AbsTopK nothing has been dropped so far; elsewhere this does nothing.
+            x = self.edges(f"{site}.pre", x)
+        extra = site.rpartition(".")[2]
+        if extra not in EXTRAS or extra in self.part.wants:
+            x = self.part(site, x)
+        return self.edges(site, x)
