@@ -5,8 +5,9 @@ Magnitudes are compared as the integers that their bits spell as float32: the sa
 
 from typing import no_type_check
 
-import triton
-import triton.language as tl
+# Triton comes with torch's CUDA builds alone.
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 # All NaNs count as this one, the largest magnitude: then a bound above every magnitude is an integer too.
 LARGEST = tl.constexpr(0x7F800001)
