@@ -54,9 +54,9 @@ class PruneConfig:
     """Price of a node in nats: fixed under coefficient, the starting point under constraint."""
     density: float = 0.02
     """Share of nodes that lagrangian steers for, in (0, 1)."""
-    price_rate: float = 0.1
+    price_rate: float = 0.03
     """Largest change of the logarithm of the price in one step, under constraint."""
-    smoothing: float = 0.9
+    smoothing: float = 0.7
     """Decay of the running mean of the loss that the price follows, in [0, 1)."""
     ablation: str = "mean"
     """What other nodes are set to: mean (over the corpus), task (mean over the task's training prompts), resample (what

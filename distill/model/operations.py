@@ -1,37 +1,51 @@
-"""The operations under the one forward, in plain torch: what a reader reads.
+"""The operations under the one forward: each in plain torch, which is what a reader reads, and beside it compiled.
 
-Each is a pure function of tensors. A faster form of one stands beside the plain one that a test holds it to; `set_path`
-chooses between them for the whole process.
+Each is a pure function of tensors. Where `native` says so a compiled form is used, that a test holds to the plain one;
+`set_path` chooses between them for the whole process. A weight with a `Sample` attached (candidate mode) gets its
+gradient only there, in both forms.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill.model import kernels
+from distill.model.kernels.candidates import sample_of, sampled_embedding, sampled_linear
 from distill.model.linear_path import chosen
+from distill.model.path import PATHS, native, set_path
+from distill.model.topk import abs_topk
 
-PATHS = ("auto", "plain")
-_path = "auto"
+__all__ = [
+    "ACTIVATIONS",
+    "PATHS",
+    "attention_pattern",
+    "causal_attention",
+    "cross_entropy",
+    "embedding",
+    "linear",
+    "linear_topk",
+    "logits",
+    "merge_heads",
+    "native",
+    "norm_scale",
+    "norm_topk",
+    "scaled",
+    "set_path",
+    "split_heads",
+    "visible",
+]
 
-
-def set_path(path: str) -> None:
-    """Chooses the operations: auto takes the compiled ones where there are such, plain never. ValueError for others."""
-    global _path
-    if path not in PATHS:
-        raise ValueError(f"path: {path!r} is no set of operations; allowed are {', '.join(PATHS)}")
-    _path = path
-
-
-def native(x: Tensor) -> bool:
-    """Whether the compiled operations are to be used on a tensor like this one."""
-    fits = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return fits and _path == "auto" and kernels.available()
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+"""Non-linearities by name; gelu is the exact one, gelu_new its tanh form."""
 
 
 def norm_scale(x: Float[Tensor, "*rows D"], *, center: bool, eps: float) -> Float[Tensor, "*rows 1"]:
@@ -56,54 +70,89 @@ def scaled(
     return x if bias is None else x + bias
 
 
-_densities: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+def norm_topk(
+    x: Float[Tensor, "*rows D"],
+    gain: Float[Tensor, " D"],
+    bias: Float[Tensor, " D"] | None,
+    *,
+    center: bool,
+    eps: float,
+    k: int | None,
+) -> Float[Tensor, "*rows D"]:
+    """RMSNorm or LayerNorm, and AbsTopK of what comes out where `k` is given."""
+    if native(x):
+        return kernels.norm_topk(x, gain, bias, center=center, eps=eps, k=k)
+    x = scaled(x, norm_scale(x, center=center, eps=eps), gain, bias, center=center)
+    return x if k is None else abs_topk(x, k)
 
 
-def density(weight: Float[Tensor, "o i"]) -> float:
-    """Share of non-zeros, counted again only when the weight has changed."""
-    state = (weight.data_ptr(), weight._version)
-    known = _densities.get(weight)
-    if known is None or known[0] != state:
-        known = _densities[weight] = (state, int(weight.count_nonzero()) / max(weight.numel(), 1))
-    return known[1]
+def linear_topk(
+    x: Float[Tensor, "*rows i"],
+    maps: Sequence[tuple[Tensor, Tensor | None]],
+    *,
+    activation: str = "identity",
+    keep: Sequence[int | None] = (),
+) -> tuple[Tensor, ...]:
+    """For each map the activation of x W^T + b, and AbsTopK of that.
 
-
-class _OneDnnLinear(torch.autograd.Function):
-    """x W^T + b by oneDNN, which on many CPUs takes half of the time of the default library."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = grads[0].reshape(-1, weight.shape[0])
-        grad_x = _product(rows, weight.T, None).view_as(x) if ctx.needs_input_grad[0] else None
-        if native(x) and ctx.needs_input_grad[1]:
-            grad_weight, grad_bias = kernels.weight_gradient(grads[0], x)
-            return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None
-        grad_weight = _product(rows.T, x.reshape(-1, x.shape[-1]).T, None) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    Arguments:
+        x: what all of the maps read.
+        maps: weight (o, i) and bias (o) of each.
+        activation: one of `ACTIVATIONS`.
+        keep: for each map how many channels AbsTopK keeps, None for all; nothing stands for None everywhere.
+    """
+    keep = keep or [None] * len(maps)
+    samples = [sample_of(weight) for weight, _ in maps]
+    if native(x) and all(sample is None or sample.index is not None for sample in samples):
+        sparse = [
+            sample is not None or chosen(weight.shape[0], weight.shape[1], kernels.density(weight))
+            for (weight, _), sample in zip(maps, samples, strict=True)
+        ]
+        sinks = [None if sample is None else sample.take for sample in samples]
+        return kernels.linear_maps(x, maps, sparse=sparse, keep=keep, activation=activation, sinks=sinks)
+    outs = [
+        F.linear(x, weight, bias) if sample is None else sampled_linear(x, weight, bias, sample)
+        for (weight, bias), sample in zip(maps, samples, strict=True)
+    ]
+    outs = [ACTIVATIONS[activation](out) for out in outs]
+    return tuple(out if k is None else abs_topk(out, k) for out, k in zip(outs, keep, strict=True))
 
 
 def linear(
     x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*rows o"]:
-    """x W^T + b: without the zeros of W where there are many, by oneDNN elsewhere, plainly where asked for."""
-    if native(x) and x.numel() and chosen(weight.shape[0], weight.shape[1], density(weight)):
-        return kernels.sparse_linear(x, weight, bias)
-    plain = _path == "plain" or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    if plain or not torch.backends.mkldnn.is_available() or x.numel() == 0:
-        return F.linear(x, weight, bias)
-    out = _OneDnnLinear.apply(x, weight, bias)
-    assert isinstance(out, Tensor)
-    return out
+    """x W^T + b: without the zeros of W where there are many."""
+    return linear_topk(x, [(weight, bias)])[0]
+
+
+def embedding(table: Float[Tensor, "V D"], ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
+    """The rows of `table` that `ids` name."""
+    sample = sample_of(table)
+    if sample is not None:
+        return sampled_embedding(ids, table, sample)
+    return kernels.embedding(table, ids) if native(table) else F.embedding(ids, table)
+
+
+def logits(
+    x: Float[Tensor, "*rows D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None,
+    table: Float[Tensor, "V V"] | None,
+    ids: Int[Tensor, "*rows"],
+) -> Float[Tensor, "*rows V"]:
+    """x W^T + b, and where there is a `table` the rows of it that `ids` name."""
+    out = linear(x, weight, bias)
+    if table is None:
+        return out
+    return kernels.add_rows_(out, table, ids) if native(out) else out + F.embedding(ids, table)
+
+
+def cross_entropy(logits: Float[Tensor, "*rows V"], targets: Int[Tensor, "*rows"]) -> Float[Tensor, ""]:
+    """Mean over the targets of -log softmax(logits)[target], in nats; negative targets do not count."""
+    rows, targets = logits.flatten(0, -2), targets.flatten()
+    if native(rows):
+        return kernels.cross_entropy(rows, targets)
+    return F.cross_entropy(rows, targets.masked_fill(targets < 0, -100), ignore_index=-100)
 
 
 def visible(

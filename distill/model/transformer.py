@@ -7,26 +7,27 @@ same class at kept fraction 1 is the dense model to compare with.
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from distill.command import no_type_check
 from distill.model import operations as ops
+from distill.model.architecture import ACTIVATIONS as ACTIVATIONS
+from distill.model.architecture import LARGEST_BIGRAM as LARGEST_BIGRAM
+from distill.model.architecture import RESIDUAL_TOPK, Architecture, SparseTransformerConfig
 from distill.model.compact import load_compact, save_compact
 from distill.model.run import Context, Runnable
-from distill.model.sites import KINDS, Tap, layer_of, node_locations, wants
+from distill.model.sites import Tap, layer_of, node_locations, wants
 from distill.model.topk import abs_topk
 
-RESIDUAL_TOPK = ("resid_post_attn", "resid_post_mlp")
 COMPACT_FILE = "model.sparse.safetensors"
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "code_revision", "proxies"}
 AUTO_OPTIONS = {"trust_remote_code", "use_safetensors", "adapter_kwargs", "_from_auto", "_commit_hash"}
@@ -34,154 +35,6 @@ COMPACT_OPTIONS = frozenset({"config", "dtype", "torch_dtype"} | HUB_OPTIONS | A
 """Options of `from_pretrained` that a folder with a `COMPACT_FILE` takes."""
 PLAIN_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Weights as `save_pretrained` writes them."""
-LARGEST_BIGRAM = 8192
-"""Vocabulary up to which a dense (V, V) bigram table makes sense; it takes 256 MiB there, and 10 GiB at GPT-2's."""
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
-
-
-@no_type_check  # it checks its values itself, and says what is allowed
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Shape and options of a weight-sparse transformer [G 2.1, A.1]; every value is checked when it is made."""
-
-    vocab_size: int = 2048
-    """Tokens in the vocabulary (V)."""
-    context: int = 256
-    """Longest sequence, in tokens (T)."""
-    n_layer: int = 4
-    """Layers (L)."""
-    d_model: int = 256
-    """Width of the residual stream, in channels (D)."""
-    d_head: int = 16
-    """Width of an attention head, in channels (H)."""
-    n_head: int | None = None
-    """Heads per layer (N); by default d_model / d_head."""
-    d_mlp: int | None = None
-    """Neurons per layer (F); by default 4 * d_model."""
-    norm: Literal["rms", "layer"] = "rms"
-    """Norm before each sublayer and at the end: root mean square, or LayerNorm."""
-    norm_bias: bool = False
-    """Whether norms have a bias (LayerNorm only)."""
-    norm_eps: float = 1e-5
-    """Added to the variance in a norm."""
-    linear_bias: bool = True
-    """Whether the linear maps have biases."""
-    activation: Literal["gelu", "gelu_new", "relu"] = "gelu"
-    """Non-linearity of the MLP; gelu is the exact one, gelu_new its tanh form."""
-    topk_fraction: float | None = 0.25
-    """Share of channels that AbsTopK keeps at a location, in (0, 1]; none switches it off."""
-    topk_at: tuple[str, ...] = KINDS
-    """Where AbsTopK acts: kinds of node location, resid_post_attn, resid_post_mlp."""
-    residual_activation: Literal["identity", "relu"] = "identity"
-    """Applied to the residual stream after each sublayer."""
-    position: Literal["none", "added", "concat"] = "none"
-    """Learned positions: none, added to the embedding, or read-only channels beside every read."""
-    d_position: int = 0
-    """Position channels (P), with position=concat only."""
-    sink: bool = True
-    """Whether each head has an attention sink: a logit without a value in the softmax."""
-    bigram: bool = True
-    """Whether a dense (V, V) table is added to the logits by the current token; for a vocabulary up to 8192."""
-    tied_unembedding: bool = False
-    """Whether the unembedding is the embedding."""
-    logits_bias: bool = False
-    """Whether the logits have a bias per token."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "topk_at", tuple(self.topk_at))
-        for name in ("vocab_size", "context", "n_layer", "d_model", "d_head"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, value, "1 and more")
-        if self.n_head is None:
-            _require(self.d_model % self.d_head == 0, "d_model", self.d_model, f"multiples of d_head {self.d_head}")
-        for name in ("n_head", "d_mlp"):
-            value = getattr(self, name)
-            _require(value is None or (isinstance(value, int) and value >= 1), name, value, "1 and more, or none")
-        _require(self.norm in ("rms", "layer"), "norm", self.norm, "rms, layer")
-        _require(self.norm == "layer" or not self.norm_bias, "norm_bias", self.norm_bias, "false with norm=rms")
-        _require(self.norm_eps >= 0, "norm_eps", self.norm_eps, "0 and more")
-        _require(self.activation in ACTIVATIONS, "activation", self.activation, ", ".join(ACTIVATIONS))
-        fraction = self.topk_fraction
-        _require(fraction is None or 0 < fraction <= 1, "topk_fraction", fraction, "numbers in (0, 1], or none")
-        places = (*KINDS, *RESIDUAL_TOPK)
-        _require(set(self.topk_at) <= set(places), "topk_at", self.topk_at, ", ".join(places))
-        kinds = ("identity", "relu")
-        _require(self.residual_activation in kinds, "residual_activation", self.residual_activation, ", ".join(kinds))
-        _require(self.position in ("none", "added", "concat"), "position", self.position, "none, added, concat")
-        concat = self.position == "concat"
-        _require(
-            self.d_position >= 1 if concat else self.d_position == 0,
-            "d_position",
-            self.d_position,
-            "1 and more with position=concat, else 0",
-        )
-        _require(
-            not self.bigram or self.vocab_size <= LARGEST_BIGRAM,
-            "bigram",
-            self.bigram,
-            f"false with vocab_size {self.vocab_size}; a dense (V, V) table is kept up to {LARGEST_BIGRAM} tokens",
-        )
-
-    @property
-    def heads(self) -> int:
-        """Heads per layer, where the default is worked out."""
-        return self.d_model // self.d_head if self.n_head is None else self.n_head
-
-    @property
-    def neurons(self) -> int:
-        """Neurons per layer, where the default is worked out."""
-        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
-
-    def resolved(self) -> "Architecture":
-        """The same with every default worked out, as it is saved: a later change of width moves nothing else."""
-        return replace(self, n_head=self.heads, d_mlp=self.neurons)
-
-    def width(self, kind: str) -> int:
-        """Channels at a kind of node location."""
-        if kind.endswith("act_in"):
-            return self.d_model + self.d_position
-        if kind in ("attn.q", "attn.k", "attn.v"):
-            return self.heads * self.d_head
-        return self.neurons if kind == "mlp.post_act" else self.d_model
-
-    def kept(self, kind: str, width: int) -> int | None:
-        """Channels that AbsTopK keeps out of `width` at a place; None where it does not act."""
-        if self.topk_fraction is None or kind not in self.topk_at:
-            return None
-        return max(1, int(self.topk_fraction * width))
-
-
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{field}: {value!r} is not possible; allowed: {allowed}")
-
-
-@no_type_check  # transformers passes what is no field on to __post_init__
-class SparseTransformerConfig(PreTrainedConfig):
-    """The Hugging Face configuration: the fields of `Architecture`, flat, and those of transformers."""
-
-    model_type = "distill_sparse"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "head_dim": "d_head",
-        "max_position_embeddings": "context",
-    }
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        names = [field.name for field in fields(Architecture)]
-        architecture = Architecture(**{name: kwargs.pop(name) for name in names if name in kwargs}).resolved()
-        for name in names:
-            setattr(self, name, getattr(architecture, name))
-        kwargs.setdefault("tie_word_embeddings", architecture.tied_unembedding)
-        super().__post_init__(**kwargs)
-
-    @property
-    def architecture(self) -> Architecture:
-        """The same values, frozen and checked."""
-        return Architecture(**{field.name: getattr(self, field.name) for field in fields(Architecture)})
 
 
 class Linear(nn.Linear):
@@ -200,11 +53,13 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.center, self.eps = center, eps
 
-    def forward(self, x: Tensor, name: str = "", tap: Tap | None = None) -> Tensor:
-        scale = ops.norm_scale(x, center=self.center, eps=self.eps)
-        if tap is not None and wants(tap, "norm_scale"):
-            scale = tap(f"{name}.norm_scale", scale)
-        return ops.scaled(x, scale, self.weight, self.bias, center=self.center)
+    def forward(self, x: Tensor, name: str = "", tap: Tap | None = None, k: int | None = None) -> Tensor:
+        """The norm of x, and AbsTopK of that where `k` is given; `name` is what a tap knows the norm by."""
+        if tap is None or not wants(tap, "norm_scale"):
+            return ops.norm_topk(x, self.weight, self.bias, center=self.center, eps=self.eps, k=k)
+        scale = tap(f"{name}.norm_scale", ops.norm_scale(x, center=self.center, eps=self.eps))
+        x = ops.scaled(x, scale, self.weight, self.bias, center=self.center)
+        return x if k is None else abs_topk(x, k)
 
 
 class Layer(nn.Module):
@@ -297,7 +152,7 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
     def embed(
         self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        x = self.embed_tokens(tokens)
+        x = ops.embedding(self.embed_tokens.weight, tokens)
         if self.architecture.position != "added":
             return x
         if position_ids is None:
@@ -324,15 +179,10 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         self, index: int, layer: Layer, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
     ) -> Float[Tensor, "B T D"]:
         name = f"{index}.attn"
-        read = layer.attn_norm(x, name, tap)
-        if self.architecture.position == "concat":
-            positions = layer.attn_position_norm(self.embed_positions(context.position_ids))
-            read = torch.cat([read, positions], -1)
-        read = self._node(f"{name}.act_in", read, tap)
-        q = self._node(f"{name}.q", layer.attn_q(read), tap)
-        k = self._node(f"{name}.k", layer.attn_k(read), tap)
-        v = self._node(f"{name}.v", layer.attn_v(read), tap)
-        q, k, v = (ops.split_heads(z, self.n_head) for z in (q, k, v))
+        positions = layer.attn_position_norm if self.architecture.position == "concat" else None
+        read = self._read(name, layer.attn_norm, positions, x, context, tap)
+        maps = {f"{name}.q": layer.attn_q, f"{name}.k": layer.attn_k, f"{name}.v": layer.attn_v}
+        q, k, v = (ops.split_heads(z, self.n_head) for z in self._nodes(maps, read, tap))
         if context.cache is not None:
             k, v = context.cache.update(k, v, index)
         pattern_wanted = tap is not None and wants(tap, "pattern")
@@ -344,35 +194,65 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
             if tap is not None and pattern_wanted:
                 pattern = tap(f"{name}.pattern", pattern)
             mixed = pattern @ v
-        return self._node(f"{name}.resid_delta", layer.attn_out(ops.merge_heads(mixed)), tap)
+        return self._nodes({f"{name}.resid_delta": layer.attn_out}, ops.merge_heads(mixed), tap)[0]
 
     def _mlp(
         self, index: int, layer: Layer, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
     ) -> Float[Tensor, "B T D"]:
         name = f"{index}.mlp"
-        read = layer.mlp_norm(x, name, tap)
-        if self.architecture.position == "concat":
-            positions = layer.mlp_position_norm(self.embed_positions(context.position_ids))
-            read = torch.cat([read, positions], -1)
-        read = self._node(f"{name}.act_in", read, tap)
-        neurons = ACTIVATIONS[self.architecture.activation](layer.mlp_in(read))
-        neurons = self._node(f"{name}.post_act", neurons, tap)
-        return self._node(f"{name}.resid_delta", layer.mlp_out(neurons), tap)
+        positions = layer.mlp_position_norm if self.architecture.position == "concat" else None
+        read = self._read(name, layer.mlp_norm, positions, x, context, tap)
+        (neurons,) = self._nodes({f"{name}.post_act": layer.mlp_in}, read, tap, self.architecture.activation)
+        return self._nodes({f"{name}.resid_delta": layer.mlp_out}, neurons, tap)[0]
+
+    def _read(
+        self,
+        name: str,
+        norm: Norm,
+        positions: Norm | None,
+        x: Float[Tensor, "B T D"],
+        context: Context,
+        tap: Tap | None,
+    ) -> Float[Tensor, "B T read"]:
+        """The nodes `act_in`: the residual stream after the norm, and with concatenated positions those too."""
+        location = f"{name}.act_in"
+        if positions is not None or wants(tap, "pre"):
+            read = norm(x, name, tap)
+            if positions is not None:
+                read = torch.cat([read, positions(self.embed_positions(context.position_ids))], -1)
+            return self._node(location, read, tap)
+        read = norm(x, name, tap, k=self._kept(location))
+        return read if tap is None else tap(location, read)
+
+    def _nodes(
+        self, maps: Mapping[str, Linear], x: Tensor, tap: Tap | None, activation: str = "identity"
+    ) -> list[Tensor]:
+        """The nodes that linear maps of x make, by location: the activation of each, AbsTopK and the tap."""
+        pairs = [(linear.weight, linear.bias) for linear in maps.values()]
+        if wants(tap, "pre"):
+            outs = ops.linear_topk(x, pairs, activation=activation)
+            return [self._node(location, out, tap) for location, out in zip(maps, outs, strict=True)]
+        outs = ops.linear_topk(x, pairs, activation=activation, keep=[self._kept(location) for location in maps])
+        return [out if tap is None else tap(location, out) for location, out in zip(maps, outs, strict=True)]
 
     def _node(self, location: str, x: Tensor, tap: Tap | None) -> Tensor:
         """AbsTopK where the model has it there, and the tap."""
-        kept = self.architecture.kept(location.split(".", 1)[1], x.shape[-1])
+        kept = self._kept(location)
         if kept is not None:
             if tap is not None and wants(tap, "pre"):
                 x = tap(f"{location}.pre", x)
             x = abs_topk(x, kept)
         return x if tap is None else tap(location, x)
 
+    def _kept(self, location: str) -> int | None:
+        kind = location.split(".", 1)[1]
+        return self.architecture.kept(kind, self.architecture.width(kind))
+
     def readout(
         self, residual: Float[Tensor, "*rows D"], tokens: Int[Tensor, "*rows"], *, tap: Tap | None = None
     ) -> Float[Tensor, "*rows V"]:
-        logits = self.unembed(self.final_norm(residual, "final", tap))
-        return logits if self.bigram is None else logits + F.embedding(tokens, self.bigram)
+        read = self.final_norm(residual, "final", tap)
+        return ops.logits(read, self.unembed.weight, self.unembed.bias, self.bigram, tokens)
 
     # What circuits are made of.
 
@@ -425,7 +305,7 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         )
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = ops.cross_entropy(logits[:, :-1], labels[:, 1:])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # pyright: ignore[reportArgumentType]
 
     @classmethod

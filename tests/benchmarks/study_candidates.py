@@ -89,7 +89,7 @@ def lines() -> list[Line]:
     }
     for group, settings in changes.items():
         found += [Line(group=group, name=name, candidates=replace(BASE, **s)) for name, s in settings.items()]
-    for rate in (0.5, 2.0):
+    for rate in (0.5, 2.0, 4.0):
         found.append(Line(group="rate", name=f"exact, rate x{rate:g}", candidates=None, rate=rate))
         found.append(Line(group="rate", name=f"base, rate x{rate:g}", candidates=BASE, rate=rate))
     return found

@@ -24,16 +24,6 @@ def _compiled() -> None:
         pytest.skip("no compiler on this machine")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The number of threads of every kernel, however small the work."""
-    monkeypatch.setattr(build, "PARALLEL_FROM", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,17 +8,17 @@ from hypothesis import strategies as st
 from distill.model.topk import abs_topk, top_mask
 
 
-def test_the_largest_in_magnitude_stay_with_their_sign() -> None:
+def test_the_largest_in_magnitude_stay_with_their_sign(path: str) -> None:
     x = torch.tensor([[1.0, -4.0, 2.0, 3.0]])
     assert abs_topk(x, 2).tolist() == [[0.0, -4.0, 0.0, 3.0]]
 
 
-def test_ties_go_to_the_lower_index() -> None:
+def test_ties_go_to_the_lower_index(path: str) -> None:
     x = torch.tensor([[1.0, -2.0, 2.0, 2.0]])
     assert abs_topk(x, 2).tolist() == [[0.0, -2.0, 2.0, 0.0]]
 
 
-def test_fewer_non_zeros_than_k_are_all_that_is_kept() -> None:
+def test_fewer_non_zeros_than_k_are_all_that_is_kept(path: str) -> None:
     x = torch.tensor([[0.0, 5.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], requires_grad=True)
     out = abs_topk(x, 3)
     assert out.tolist() == [[0.0, 5.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
@@ -25,10 +27,17 @@ def test_fewer_non_zeros_than_k_are_all_that_is_kept() -> None:
     assert x.grad.tolist() == [[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
 
 
-def test_from_the_width_on_nothing_is_dropped() -> None:
+def test_from_the_width_on_nothing_is_dropped(path: str) -> None:
     x = torch.randn(3, 4)
     assert abs_topk(x, 4) is x
     assert abs_topk(x, 9) is x
+
+
+def test_not_a_number_counts_as_the_largest(path: str) -> None:
+    x = torch.tensor([[1.0, math.nan, -3.0, 2.0], [4.0, 1.0, 2.0, 3.0]])
+    out = abs_topk(x, 2)
+    assert out[0].isnan().tolist() == [False, True, False, False] and out[0, [0, 2, 3]].tolist() == [0.0, -3.0, 0.0]
+    assert out[1].tolist() == [4.0, 0.0, 0.0, 3.0]
 
 
 def test_no_channel_kept_is_refused() -> None:

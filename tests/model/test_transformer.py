@@ -35,6 +35,19 @@ def _tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(0, 31, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
+class Everything:
+    """A tap that asks for every extra, and keeps all that passes."""
+
+    wants = frozenset({"pre", "norm_scale", "pattern"})
+
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def __call__(self, site: str, x: torch.Tensor, /) -> torch.Tensor:
+        self.seen[site] = x
+        return x
+
+
 @pytest.mark.parametrize("architecture", OPTIONS)
 def test_stop_then_start_equals_the_whole_run(architecture: Architecture) -> None:
     model, tokens = _model(architecture), _tokens()
@@ -89,15 +102,7 @@ def test_the_bigram_table_adds_the_row_of_the_current_token() -> None:
 
 
 def test_extras_are_handed_to_a_tap_that_wants_them() -> None:
-    class All:
-        wants = frozenset({"pre", "norm_scale", "pattern"})
-        seen: dict[str, torch.Tensor] = {}
-
-        def __call__(self, site: str, x: torch.Tensor, /) -> torch.Tensor:
-            self.seen[site] = x
-            return x
-
-    model, tokens, tap = _model(), _tokens(), All()
+    model, tokens, tap = _model(), _tokens(), Everything()
     torch.testing.assert_close(model.run(tokens, tap=tap), model.run(tokens))
     residual = tap.seen["1.resid_mid"]
     rms = residual.pow(2).mean(-1, keepdim=True)
@@ -266,23 +271,43 @@ def test_a_new_model_starts_near_the_uniform_guess() -> None:
     assert model(tokens, labels=tokens).loss.item() == pytest.approx(math.log(512), abs=1.0)
 
 
-def test_compiled_and_plain_operations_agree() -> None:
-    model = SparseTransformer.build(Architecture(vocab_size=64, context=32, n_layer=2, d_model=64), seed=0)
-    tokens = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(0))
-    found = []
+def _gradients(model: SparseTransformer, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.2])
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_compiled_and_plain_operations_agree(architecture: Architecture, kept: float) -> None:
+    # Wide enough for products without the zeros.
+    model = _model(replace(architecture, d_model=64, n_head=None, d_mlp=None)).requires_grad_()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(4)) < kept)
+    tokens, found = _tokens(), []
+    first, last = residual_sites(2)[1], residual_sites(2)[3]
     try:
         for path in ("plain", "auto"):
             set_path(path)
-            model.zero_grad()
-            loss = model(tokens, labels=tokens).loss
-            loss.backward()
-            found.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+            record, everything = Record(), Everything()
+            results = {"logits": model.run(tokens), "tapped": model.run(tokens, tap=record)}
+            results |= {"all tapped": model.run(tokens, tap=everything)}
+            residual = model.run(tokens, stop=first)
+            results |= {"stretch": model.run(tokens, start=first, residual=residual, stop=last)}
+            results |= {"masked": model.run(tokens, attention_mask=torch.ones_like(tokens))}
+            half = model(tokens[:, :5], use_cache=True).past_key_values
+            results |= {"cached": model.run(tokens[:, 5:], past_key_values=half)}
+            with torch.no_grad():
+                results |= {"nothing recorded": model.run(tokens)}
+            found.append(results | record.values | everything.seen | _gradients(model, tokens))
     finally:
         set_path("auto")
-    (plain, wanted), (fast, got) = found
-    assert fast == pytest.approx(plain, rel=1e-5)
-    assert len(got) == len(wanted) > 20
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    plain, fast = found
+    assert list(fast) == list(plain) and len(fast) > 50
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            fast[name], value, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )
     with pytest.raises(ValueError, match="path: 'fast'"):
         set_path("fast")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.model import kernels, operations
+from distill.model import kernels, path
 from distill.model.kernels.candidates import sample_of, sampled_embedding, sampled_linear
 from distill.training.candidates import CandidateConfig, CandidateTraining, choose
 from distill.training.optim import make_optimizer, set_rate
@@ -34,7 +34,7 @@ class Table(nn.Embedding):
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "auto" and not kernels.available():
         pytest.skip("no compiler on this machine")
-    monkeypatch.setattr(operations, "_path", request.param)
+    monkeypatch.setattr(path, "_path", request.param)
     return request.param
 
 

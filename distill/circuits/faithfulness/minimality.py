@@ -18,7 +18,6 @@ from distill.circuits.faithfulness.statistics import spread_of
 from distill.circuits.masks import Nodes
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
-from distill.model.sites import Tap, chain, layer_of, residual_sites
 
 
 def minimality(
@@ -44,12 +43,9 @@ def minimality(
                    _flat(loss_changes(runs, batch, circuit.nodes), circuit.nodes), limits.single_nodes)  # fmt: skip
     edges = runs.edges
     suspects = _least(list(range(edge_total(edges))), edge_changes(runs, batch), limits.single_edges)
-    with torch.no_grad():
-        stretch = _Stretch(runs, batch)
-        by_node = torch.tensor([stretch.loss(location, _without_node(runs, location, channel))
-                                for location, channel in nodes.tried], dtype=torch.float64) - stretch.all  # fmt: skip
-        by_edge = torch.tensor([stretch.loss(_source(edges, place), _without_edge(runs, place))
-                                for place in suspects.tried], dtype=torch.float64) - stretch.all  # fmt: skip
+    loss = float(two_way_loss(runs.of(batch)))
+    by_node = _changes(loss, [runs.of(batch, _without_node(circuit.nodes, *node)) for node in nodes.tried])
+    by_edge = _changes(loss, [runs.of(batch, edges=_without_edge(edges, place)) for place in suspects.tried])
     idle, loose = int((by_node < bound).sum()), int((by_edge < bound).sum())
     value, share_edges = idle / max(nodes.total, 1), loose / max(suspects.total, 1)
     pruned = circuit.kept_edges is not None
@@ -95,48 +91,17 @@ def _flat(values: dict[str, Tensor], nodes: Nodes) -> Float[Tensor, "n"]:
     return torch.cat([values[location][mask] for location, mask in nodes.items()])
 
 
-def _without_node(runs: Runs, location: str, channel: int) -> Tap:
-    mask = runs.circuit.nodes[location].clone()
+def _changes(loss: float, differences: Sequence[Tensor]) -> Float[Tensor, "n"]:
+    return torch.tensor([float(two_way_loss(one)) - loss for one in differences], dtype=torch.float64)
+
+
+def _without_node(nodes: Nodes, location: str, channel: int) -> Nodes:
+    mask = nodes[location].clone()
     mask[channel] = False
-    return runs.tap({**runs.circuit.nodes, location: mask})
+    return {**nodes, location: mask}
 
 
-def _without_edge(runs: Runs, place: int) -> Tap:
-    kept = torch.ones(edge_total(runs.edges), dtype=torch.bool)
+def _without_edge(edges: EdgeSet, place: int) -> EdgeSet:
+    kept = torch.ones(edge_total(edges), dtype=torch.bool)
     kept[place] = False
-    return runs.tap(edges=chosen_edges(runs.edges, kept))
-
-
-def _source(edges: EdgeSet, place: int) -> str:
-    for (source, _), index in edges.items():
-        if place < index.shape[1]:
-            return source
-        place -= index.shape[1]
-    raise AssertionError(f"edge {place} beyond the last one")
-
-
-class _Stretch:
-    """Runs of the circuit from the sublayer on in which something is left out: what comes before stays as it was."""
-
-    def __init__(self, runs: Runs, batch: TaskBatch) -> None:
-        self.runs, self.batch = runs, batch
-        self.tokens, self.last = batch.tokens.to(runs.device), batch.last.to(runs.device)
-        self.stream: dict[str, Tensor] = {}
-        self.sites = frozenset(residual_sites(runs.model.n_layer))
-        self.all = self._loss(runs.model.run(self.tokens, tap=chain(runs.tap(), self._keep), stop="final_resid"))
-
-    def _keep(self, site: str, x: Tensor, /) -> Tensor:
-        if site in self.sites:
-            self.stream[site] = x
-        return x
-
-    def loss(self, location: str, tap: Tap) -> float:
-        """Task loss under a tap that differs from the circuit's in the sublayer of a location, and not before."""
-        start = f"{layer_of(location)}.{'resid_in' if '.attn.' in location else 'resid_mid'}"
-        run = self.runs.model.run(self.tokens, tap=tap, start=start, residual=self.stream[start], stop="final_resid")
-        return self._loss(run)
-
-    def _loss(self, stream: Tensor) -> float:
-        rows = torch.arange(len(self.last), device=self.last.device)
-        logits = self.runs.model.readout(stream[rows, self.last], self.tokens[rows, self.last])
-        return float(two_way_loss(self.runs.difference(self.batch, logits.float())))
+    return chosen_edges(edges, kept)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from distill.circuits.ablation import Means
+from distill.circuits.ablation import Means, Resampled
 from distill.circuits.answers import answer_logits
 from distill.circuits.circuit import Circuit
 from distill.circuits.edges import (
@@ -20,7 +20,9 @@ from distill.circuits.edges import (
     induced_edge_set,
 )
 from distill.circuits.masks import MaskTap, Nodes, all_nodes
+from distill.circuits.standalone import Standalone, standalone
 from distill.circuits.tasks import TaskBatch, logit_difference
+from distill.model.anatomy import anatomy
 from distill.model.run import Runnable
 from distill.model.sites import EXTRAS, Tap, chain
 
@@ -42,6 +44,9 @@ class Runs:
         self.dropped = edge_difference(induced, self.edges)
         """Edges that were pruned between nodes of the circuit."""
         self._kept: dict[tuple[str, int, int], tuple[TaskBatch, Tensor]] = {}
+        # One value per prompt has no constant to fold in; an activation on the residual stream mixes what is left out.
+        self._separable = not isinstance(self.means, Resampled) and not anatomy(model).residual
+        self._modules: dict[int, tuple[TaskBatch, Standalone]] = {}
         self._parts: dict[tuple[int, int], tuple[TaskBatch, TaskBatch]] = {}
 
     def first(self, batch: TaskBatch, pairs: int) -> TaskBatch:
@@ -115,9 +120,30 @@ class Runs:
         """Logit of the right minus that of the wrong answer, in float64 on the CPU."""
         return logit_difference(logits, batch.to(logits.device)).double().cpu()
 
-    def of(self, batch: TaskBatch, nodes: Nodes, means: Means | None = None) -> Float[Tensor, "n"]:
-        """Logit differences of the circuit that consists of these nodes."""
-        return self.difference(batch, self.logits(batch, self.tap(nodes, means)))
+    def of(
+        self,
+        batch: TaskBatch,
+        nodes: Nodes | None = None,
+        *,
+        edges: EdgeSet | None = None,
+        means: Means | None = None,
+    ) -> Float[Tensor, "n"]:
+        """Logit differences of the circuit that consists of these nodes and edges, as `tap` has them.
+
+        A part of the circuit runs as a module of its own where that can be, which costs a fifth of the masked model.
+        """
+        if means is None and self._separable and (nodes is None or self.holds(nodes)):
+            module = self._module(batch)
+            with torch.no_grad():
+                return module.difference(batch, nodes=nodes, edges=edges).double().cpu()
+        return self.difference(batch, self.logits(batch, self.tap(nodes, means, edges=edges)))
+
+    def _module(self, batch: TaskBatch) -> Standalone:
+        if id(batch) not in self._modules:
+            circuit, first = self.circuit, batch.tokens[:, 0].unique()
+            module = standalone(self.model, circuit.nodes, self.means, circuit.kept_edges, first_tokens=first)
+            self._modules[id(batch)] = (batch, module)
+        return self._modules[id(batch)][1]
 
     def _once(self, what: str, batch: TaskBatch, run: Callable[[], Tensor]) -> Tensor:
         key = (what, id(batch), len(batch))

@@ -5,8 +5,12 @@
 
 from distill.model.kernels.attention import causal_attention
 from distill.model.kernels.build import library
-from distill.model.kernels.linear import Pattern, sparse_linear, weight_gradient, worth_it
+from distill.model.kernels.embedding import add_rows_, embedding
+from distill.model.kernels.linear import linear_maps, sparse_linear, weight_gradient, worth_it
+from distill.model.kernels.loss import cross_entropy
+from distill.model.kernels.norm import norm_topk
 from distill.model.kernels.optimizer import AdamStep, Projected, adamw_, sum_of_squares
+from distill.model.kernels.pattern import Pattern, density
 from distill.model.kernels.projection import keep_, magnitude_cut, project_, shrink_
 from distill.model.kernels.topk import abs_topk
 
@@ -16,10 +20,16 @@ __all__ = [
     "Projected",
     "abs_topk",
     "adamw_",
+    "add_rows_",
     "available",
     "causal_attention",
+    "cross_entropy",
+    "density",
+    "embedding",
     "keep_",
+    "linear_maps",
     "magnitude_cut",
+    "norm_topk",
     "project_",
     "shrink_",
     "sparse_linear",

@@ -94,8 +94,8 @@ def workspace(count: int) -> Tensor:
     return held
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Runs a compiled function: tensors go as pointers, integers as int64, floats as float32, None as null.
+def call(name: str, *arguments: Tensor | int | float | ctypes.Array | None) -> None:
+    """Runs a compiled function: tensors and arrays go as pointers, integers as int64, floats as float32, None as null.
 
     Arguments:
         name: the C function, which returns nothing.
@@ -106,12 +106,14 @@ def call(name: str, *arguments: Tensor | int | float | None) -> None:
     getattr(compiled, name)(*map(_as_c, arguments))
 
 
-def _as_c(value: Tensor | int | float | None) -> Any:
+def _as_c(value: Tensor | int | float | ctypes.Array | None) -> Any:
     if isinstance(value, Tensor):
         assert value.is_contiguous() and value.device.type == "cpu", f"{value.stride()} on {value.device}"
         return c_void_p(value.data_ptr())
     if value is None:
         return c_void_p(None)
+    if isinstance(value, ctypes.Array):
+        return value
     return c_float(value) if isinstance(value, float) else c_int64(value)
 
 

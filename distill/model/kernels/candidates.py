@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distill.model.kernels.build import call, threads, workspace
-from distill.model.kernels.linear import Pattern
+from distill.model.kernels.build import call, threads
+from distill.model.kernels.linear import Gradient, linear_maps
+from distill.model.kernels.pattern import Pattern
 from distill.model.kernels.projection import magnitude_cut, shrink_
 
-_BLOCK = 64
 # Columns that are looked at together: many enough that a row has so many places among them, few enough for a cache.
 _PLACES, _NARROWEST, _WIDEST = 10, 512, 1024
 
@@ -65,6 +65,15 @@ class Sample:
         """Whether an operation on `x` takes the compiled way."""
         fits = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         return self.index is not None and fits and x.numel() > 0
+
+    def take(self, gradient: Gradient, x: Float[Tensor, "*rows i"]) -> None:
+        """Adds the gradient of the weight at the places, from that of a compiled map's output and what the map read."""
+        assert self.index is not None, "places were not made for the compiled operations"
+        blocks, place, bits = gradient.parts[:3]
+        places = (self.index.panel_start, self.index.at, self.index.width)
+        n = threads(gradient.tokens * (self.rows + self.columns))
+        parts = (blocks, place, bits, self.rows, self.columns, x, gradient.tokens)
+        call("candidates_gradient", *parts, *places, self.gradient, n)
 
     def clear_(self) -> None:
         """Sets the gradient to zero."""
@@ -141,46 +150,6 @@ class _SampledLinear(torch.autograd.Function):
         return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-class _CompiledLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sample: Sample) -> Tensor:
-        x = x.contiguous()
-        pattern = Pattern.of(weight)
-        ctx.sample, ctx.pattern = sample, pattern
-        ctx.save_for_backward(x)
-        out = x.new_empty(*x.shape[:-1], pattern.rows)
-        tokens = x.numel() // pattern.columns
-        bias = None if bias is None else bias.contiguous()
-        n = threads(tokens * (pattern.rows + pattern.columns))
-        call(
-            "linear_forward", pattern.row_start, pattern.by_row, pattern.rows, pattern.columns, x, bias, tokens, out, n
-        )
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        assert not torch.is_grad_enabled(), "differentiable once: no create_graph"
-        (x,) = ctx.saved_tensors
-        pattern: Pattern = ctx.pattern
-        rows, columns = pattern.rows, pattern.columns
-        grad = grads[0].contiguous()
-        tokens = grad.numel() // rows
-        n = threads(tokens * (rows + columns))
-        count = -(-tokens // _BLOCK)
-        blocks = workspace(count * rows * _BLOCK)
-        place = torch.empty(count, rows, dtype=torch.int32)
-        mask = torch.empty(count, rows, dtype=torch.int64)
-        sums = grad.new_empty(count, rows)
-        filled = torch.empty(count, dtype=torch.int64)
-        grad_x = grad.new_empty(*grad.shape[:-1], columns) if ctx.needs_input_grad[0] else None
-        by_column = (pattern.column_start, pattern.by_column)
-        call("linear_backward", *by_column, rows, columns, grad, tokens, blocks, place, mask, sums, filled, grad_x, n)
-        index, out = ctx.sample.index, ctx.sample.gradient
-        places = (index.panel_start, index.at, index.width)
-        call("candidates_gradient", blocks, place, mask, rows, columns, x, tokens, *places, out, n)
-        return grad_x, None, sums.sum(0) if ctx.needs_input_grad[2] else None, None
-
-
 class _SampledEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, sample: Sample) -> Tensor:
@@ -209,8 +178,9 @@ def sampled_linear(
 
     x and bias get their gradients as usual, the weight gets none. Differentiable once.
     """
-    way = _CompiledLinear if sample.compiled(x) else _SampledLinear
-    out = way.apply(x, weight, bias, sample)
+    if sample.compiled(x):
+        return linear_maps(x, [(weight, bias)], sparse=[True], keep=[None], sinks=[sample.take])[0]
+    out = _SampledLinear.apply(x, weight, bias, sample)
     assert isinstance(out, Tensor)
     return out
 

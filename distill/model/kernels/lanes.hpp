@@ -48,6 +48,80 @@ static inline Ints unpack(uint64_t bits) {
     return (Ints)((splat((int32_t)bits) & power) != 0);
 }
 
+static const uint64_t LANE_BITS = ((uint64_t)1 << LANES) - 1;
+
+// The lanes whose bits are set, zeros in the others.
+static inline Floats kept(Floats v, uint64_t bits) {
+#if LANES == 16
+    return (Floats)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)v);
+#else
+    return (Floats)((Ints)v & unpack(bits));
+#endif
+}
+
+// The first n places, zeros behind them; and their inverse. n may be 0 and less, or more than there are lanes.
+static inline Floats load_some(const float* p, int64_t n) {
+    if (n >= LANES) return load(p);
+    Floats v{};
+    if (n > 0) memcpy(&v, p, (size_t)n * 4);
+    return v;
+}
+static inline Floats load_padded(const float* p, int64_t n, float rest) {
+    Floats v = splat(rest);
+    memcpy(&v, p, (size_t)n * 4);
+    return v;
+}
+static inline void store_some(float* p, Floats v, int64_t n) {
+    if (n >= LANES)
+        store(p, v);
+    else if (n > 0)
+        memcpy(p, &v, (size_t)n * 4);
+}
+
+// Writes the lanes whose bits are set one behind the other, and returns the place after them. All of LANES places may be
+// written.
+static inline float* squeeze(Floats v, uint64_t bits, float* to) {
+#if LANES == 16
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps((__mmask16)bits, (__m512)v));
+    return to + __builtin_popcountll(bits);
+#else
+    for (; bits; bits &= bits - 1) *to++ = v[__builtin_ctzll(bits)];
+    return to;
+#endif
+}
+
+// The inverse: values one behind the other into the lanes whose bits are set. LANES places may be read.
+static inline Floats spread(const float* from, uint64_t bits) {
+#if LANES == 16
+    return (Floats)_mm512_maskz_expand_ps((__mmask16)bits, _mm512_loadu_ps(from));
+#else
+    Floats v{};
+    for (; bits; bits &= bits - 1) v[__builtin_ctzll(bits)] = *from++;
+    return v;
+#endif
+}
+
+// The larger of each lane and the bound; NaN stays.
+static inline Floats at_least(Floats v, float bound) {
+#if LANES == 16
+    return (Floats)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)v);
+#elif LANES == 8
+    return (Floats)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)v);
+#else
+    return v < bound ? splat(bound) : v;
+#endif
+}
+
+// 1 / v, but for the last bit, for v of ordinary size.
+static inline Floats reciprocal(Floats v) {
+#if LANES == 16
+    Floats guess = (Floats)_mm512_rcp14_ps((__m512)v);
+    return guess * (2.0f - v * guess);
+#else
+    return 1.0f / v;
+#endif
+}
+
 static inline int32_t sum(Ints v) {
 #if LANES == 16
     return _mm512_reduce_add_epi32((__m512i)v);
@@ -108,19 +182,22 @@ static inline void transpose(Floats square[LANES]) {
     }
 }
 
-// x (tokens, width) with rows `stride` apart -> out (width, span), tokens beyond the last are zero.
-static inline void gather(const float* x, int64_t stride, int64_t width, int64_t tokens, int64_t span, float* out) {
+// x (tokens, width) with rows `stride` apart -> out (width, span) with rows `apart` apart; tokens beyond the last are zero.
+static inline void gather(
+    const float* x, int64_t stride, int64_t width, int64_t tokens, int64_t span, int64_t apart, float* out) {
     for (int64_t t = 0; t < span; t += LANES) {
-        int64_t there = tokens - t < LANES ? tokens - t : LANES, c = 0;
-        for (; c + LANES <= width && there > 0; c += LANES) {
+        int64_t there = tokens - t < LANES ? tokens - t : LANES;
+        for (int64_t c = 0; c < width; c += LANES) {
             Floats square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = i < there ? load(x + (t + i) * stride + c) : Floats{};
+            for (int i = 0; i < LANES; i++) square[i] = i < there ? load_some(x + (t + i) * stride + c, width - c) : Floats{};
             transpose(square);
-            for (int i = 0; i < LANES; i++) store(out + (c + i) * span + t, square[i]);
+            for (int i = 0; i < LANES && c + i < width; i++) store(out + (c + i) * apart + t, square[i]);
         }
-        for (; c < width; c++)
-            for (int i = 0; i < LANES; i++) out[c * span + t + i] = i < there ? x[(t + i) * stride + c] : 0.0f;
     }
+}
+
+static inline void gather(const float* x, int64_t stride, int64_t width, int64_t tokens, int64_t span, float* out) {
+    gather(x, stride, width, tokens, span, span, out);
 }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -2,88 +2,107 @@
 //
 // Activations come and go token-major. A block of tokens is transposed into scratch, so that one weight meets the same
 // channel of many tokens in one vector: no horizontal sums, one broadcast per weight. The result is transposed back.
-#include "lanes.hpp"
+#include "entry.hpp"
+#include "row.hpp"
 
 static const int BLOCK = 64;               // tokens per word of a mask
 static const int PANEL = 8 * LANES;        // columns of the weight gradient that stay in registers
-static const int64_t GROUP = 256;          // its rows that stay in the cache, at most
+static const int64_t GROUP = 512;          // its rows that stay in the cache, at most
 static const int64_t LEAST_GROUP = 32;     // and at least
-static const int64_t CACHE = 1 << 19;      // bytes of transposed activations that a core's own cache holds
+static const int MOST = LANES == 16 ? 2 : 4;     // vectors of tokens that a product takes at a time: more leave the cache
+static const int CHAINS = LANES == 16 ? 4 : 1;   // sums of a row side by side: each addition waits for the one before
 
-struct Entry {
-    int32_t at;  // column (by rows) or row (by columns)
-    float value;
+// A sparse weight by rows, or by columns, and what it is multiplied with: a block of activations (columns, SPAN).
+struct Factor {
+    const int32_t* start;
+    const Entry* entries;
+    const float* x;
 };
 
-// out (tokens, rows) = x W^T + bias for one block, x transposed (columns, SPAN).
+// out (tokens, rows) = bias + the sum of the factors' W x, for one block of tokens.
 template <int VECTORS>
-static void multiply(
-    const int32_t* start, const Entry* entries, int64_t rows, const float* x, const float* bias, int64_t tokens,
-    float* out) {
+static void multiply(const Factor* factors, int64_t count, int64_t rows, const float* bias, int64_t tokens, float* out) {
     constexpr int SPAN = VECTORS * LANES;
     alignas(64) float strip[LANES][SPAN] = {};
     for (int64_t first = 0; first < rows; first += LANES) {
         int64_t here = rows - first < LANES ? rows - first : LANES;
         for (int64_t i = 0; i < here; i++) {
-            Floats total[VECTORS];
+            Floats total[CHAINS][VECTORS] = {};
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) total[v] = splat(bias ? bias[first + i] : 0.0f);
-            for (int32_t e = start[first + i]; e < start[first + i + 1]; e++) {
-                const float* from = x + (int64_t)entries[e].at * SPAN;
-                float value = entries[e].value;
+            for (int v = 0; v < VECTORS; v++) total[0][v] = splat(bias ? bias[first + i] : 0.0f);
+            for (int64_t f = 0; f < count; f++) {
+                const float* x = factors[f].x;
+                const Entry *e = factors[f].entries + factors[f].start[first + i],
+                            *end = factors[f].entries + factors[f].start[first + i + 1];
+                for (; e + CHAINS <= end; e += CHAINS)
+#pragma GCC unroll 4
+                    for (int c = 0; c < CHAINS; c++)
 #pragma GCC unroll 16
-                for (int v = 0; v < VECTORS; v++) total[v] += value * load(from + v * LANES);
+                        for (int v = 0; v < VECTORS; v++)
+                            total[c][v] += e[c].value * load(x + (int64_t)e[c].at * SPAN + v * LANES);
+                for (; e < end; e++)
+#pragma GCC unroll 16
+                    for (int v = 0; v < VECTORS; v++)
+                        total[0][v] += e->value * load(x + (int64_t)e->at * SPAN + v * LANES);
             }
+#pragma GCC unroll 4
+            for (int c = 1; c < CHAINS; c++)
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) store(strip[i] + v * LANES, total[v]);
+                for (int v = 0; v < VECTORS; v++) total[0][v] += total[c][v];
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) store(strip[i] + v * LANES, total[0][v]);
         }
         for (int64_t t = 0; t < tokens; t += LANES) {
             Floats square[LANES];
             for (int i = 0; i < LANES; i++) square[i] = load(strip[i] + t);
             transpose(square);
             int64_t there = tokens - t < LANES ? tokens - t : LANES;
-            for (int64_t i = 0; i < there; i++) {
-                float* to = out + (t + i) * rows + first;
-                if (here == LANES)
-                    store(to, square[i]);
-                else
-                    memcpy(to, &square[i], (size_t)here * 4);
-            }
+            for (int64_t i = 0; i < there; i++) store_some(out + (t + i) * rows + first, square[i], here);
         }
     }
 }
 
+// One of the maps of a forward call, which read the same x. The layout is that of `_Forward` in linear.py.
+struct Forward {
+    const int32_t* start;  // by rows
+    const Entry* entries;
+    const float* bias;  // (rows) or null
+    float* out;         // (tokens, rows)
+    uint64_t* mask;     // (tokens, words), or null where nobody asks
+    float* slope;       // (tokens, slope_stride) or null
+    Finish finish;
+};
+
 template <int VECTORS>
 static void forward(
-    const int32_t* start, const Entry* entries, int64_t rows, int64_t columns, const float* x, const float* bias,
-    int64_t tokens, float* out, int64_t threads) {
+    const Forward* maps, int64_t count, int64_t columns, const float* x, int64_t tokens, int64_t threads) {
     constexpr int SPAN = VECTORS * LANES;
+    int64_t most = 0;
+    for (int64_t m = 0; m < count; m++) most = maps[m].finish.width > most ? maps[m].finish.width : most;
+    Finish widest = {most, most, IDENTITY, 0, 0};
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         static thread_local Scratch scratch;
-        float* block = scratch.of<float>(columns * SPAN);
+        float* block = scratch.of<float>(columns * SPAN + widest.memory() + 2 * widest.words());
+        int32_t* memory = (int32_t*)(block + columns * SPAN);
+        uint64_t* unread = (uint64_t*)(memory + widest.memory());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < tokens; t += SPAN) {
             int64_t here = tokens - t < SPAN ? tokens - t : SPAN;
             gather(x + t * columns, columns, columns, here, SPAN, block);
-            multiply<VECTORS>(start, entries, rows, block, bias, here, out + t * rows);
+            for (const Forward* m = maps; m < maps + count; m++) {
+                const Finish& f = m->finish;
+                Factor factor = {m->start, m->entries, block};
+                float* out = m->out + t * f.width;
+                multiply<VECTORS>(&factor, 1, f.width, m->bias, here, out);
+                if (!f.selects() && f.activation == IDENTITY) continue;
+                for (int64_t i = t; i < t + here; i++, out += f.width)
+                    finish(
+                        f, out, memory, m->mask ? m->mask + i * f.words() : unread,
+                        m->slope ? m->slope + i * slope_stride(f.keep) : nullptr, out);
+            }
         }
     }
-}
-
-// Copies those of BLOCK values whose bits are set, closed up; `to` may be `values` or before. Returns the place after them.
-static inline float* squeeze(const float* values, uint64_t bits, float* to) {
-#if LANES == 16
-    for (int i = 0; i < BLOCK; i += LANES) {
-        __mmask16 part = (__mmask16)(bits >> i);
-        // Whole vectors: what is written too much lies where everything has been read.
-        _mm512_storeu_ps(to, _mm512_maskz_compress_ps(part, _mm512_loadu_ps(values + i)));
-        to += __builtin_popcount(part);
-    }
-#else
-    for (; bits; bits &= bits - 1) *to++ = values[__builtin_ctzll(bits)];
-#endif
-    return to;
 }
 
 // One tile (group of rows, panel of columns) of grad^T x: for each row of the weight the tokens whose gradient is not
@@ -93,6 +112,7 @@ static void weight_tile(
     const float* grad, const int32_t* place, const uint64_t* mask, int64_t rows, int64_t first, int64_t count, const float* x, int64_t columns,
     int64_t column, int64_t tokens, float* panel, float* total, float* out) {
     constexpr int WIDTH = VECTORS * LANES;
+    int64_t lines = (BLOCK * VECTORS + count - 1) / count;
     memset(total, 0, (size_t)(count * WIDTH) * 4);
     for (int64_t t = 0; t < tokens; t += BLOCK) {
         int64_t here = tokens - t < BLOCK ? tokens - t : BLOCK;
@@ -101,7 +121,12 @@ static void weight_tile(
                 store(panel + i * WIDTH + v * LANES, load(x + (t + i) * columns + column + v * LANES));
         const uint64_t* words = mask + t / BLOCK * rows + first;
         const float* next = grad + t * rows + place[t / BLOCK * rows + first];
+        const float* later = x + (t + BLOCK) * columns + column;
         for (int64_t r = 0; r < count; r++) {
+            // The next panel comes into the cache meanwhile, some lines a row.
+            if (t + BLOCK < tokens)
+                for (int64_t line = r * lines; line < (r + 1) * lines; line++)
+                    __builtin_prefetch(later + line / VECTORS % BLOCK * columns + line % VECTORS * LANES);
             uint64_t rest = words[r];
             if (!rest) continue;
             Floats sums[VECTORS];
@@ -137,110 +162,104 @@ static void weight_rest(
         }
 }
 
+// One of the maps of a backward call. The layout is that of `_Backward` in linear.py.
+struct Backward {
+    const int32_t* start;  // by columns; null where grad_x is not asked for
+    const Entry* entries;
+    const float* grad;     // (tokens, rows), of the map's output
+    const uint64_t* mask;  // what AbsTopK kept, or null
+    const float* slope;    // the activation's derivatives there, or null
+    int64_t rows, keep;
+    // For the gradient of the weight, null where it is not asked for. Per block of tokens: for each row the bits of its
+    // non-zeros in `bits` (blocks, rows), and their sum in `sums` (blocks, rows); the non-zeros row after row in `blocks`
+    // (blocks, rows * BLOCK), from `place` (blocks, rows) on; their number in `filled` (blocks).
+    float* blocks;
+    int32_t* place;
+    uint64_t* bits;
+    float* sums;
+    int64_t* filled;
+};
+
+// The gradient before activation and AbsTopK of the block of tokens from t on, transposed: (rows, BLOCK). `lines` has room
+// for LANES tokens, LANES more places each: the slopes are spread in order, and rows a power of two apart fall together in
+// the cache.
+static void take(const Backward& map, int64_t t, int64_t tokens, float* lines, float* block) {
+    int64_t rows = map.rows, words = (rows + WORD - 1) / WORD, stride = rows + LANES;
+    if (!map.mask && !map.slope) return gather(map.grad + t * rows, rows, rows, tokens, BLOCK, block);
+    for (int64_t first = 0; first < BLOCK; first += LANES) {
+        int64_t there = tokens - first < LANES ? tokens - first : LANES;
+        for (int64_t i = 0; i < there; i++) {
+            int64_t at = t + first + i;
+            const uint64_t* mask = map.mask ? map.mask + at * words : nullptr;
+            const float* slope = map.slope ? map.slope + at * slope_stride(map.keep) : nullptr;
+            for (int64_t r = 0; r < rows; r += LANES)
+                store(lines + i * stride + r, passed(load_some(map.grad + at * rows + r, rows - r), mask, r, &slope));
+        }
+        gather(lines, stride, rows, there, LANES, BLOCK, block + first);
+    }
+}
+
+// Block b of a map's gradient, without its zeros. It is written apart from the block, which the cache holds: three
+// quarters of the lines are never touched where a quarter is not zero.
+static void compact(const Backward& map, int64_t b, const float* block) {
+    int64_t rows = map.rows;
+    float *first = map.blocks + b * rows * BLOCK, *next = first;
+    for (int64_t r = 0; r < rows; r++) {
+        uint64_t word = 0;
+        Floats total{}, row[BLOCK / LANES];
+        for (int i = 0; i < BLOCK / LANES; i++) {
+            row[i] = load(block + r * BLOCK + i * LANES);
+            word |= pack((Ints)(row[i] != Floats{})) << i * LANES;
+            total += row[i];
+        }
+        map.bits[b * rows + r] = word;
+        map.sums[b * rows + r] = sum(total);
+        map.place[b * rows + r] = (int32_t)(next - first);
+        for (int i = 0; i < BLOCK / LANES; i++) next = squeeze(row[i], word >> i * LANES & LANE_BITS, next);
+    }
+    map.filled[b] = next - first;
+}
+
 extern "C" {
 
-// Entries per row of the dense weight, summed up: start[r] to start[r + 1] are those of row r.
-void pattern_count(const float* weight, int64_t rows, int64_t columns, int32_t* start, int64_t threads) {
-    start[0] = 0;
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        const float* row = weight + r * columns;
-        Ints zeros{};
-        int64_t c = 0;
-        for (; c + LANES <= columns; c += LANES) zeros -= (Ints)(load(row + c) == Floats{});
-        int32_t count = (int32_t)c - sum(zeros);
-        for (; c < columns; c++) count += row[c] != 0.0f;
-        start[r + 1] = count;
-    }
-    for (int64_t r = 0; r < rows; r++) start[r + 1] += start[r];
-}
-
-// Both orders of the entries; `start` from above. `column_start` has columns + 1 places, `place` columns * slabs.
-void pattern_fill(
-    const float* weight, int64_t rows, int64_t columns, const int32_t* start, Entry* by_row, int32_t* column_start,
-    Entry* by_column, int32_t* place, int64_t slabs, int64_t threads) {
-    memset(place, 0, (size_t)(slabs * columns) * 4);
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t slab = 0; slab < slabs; slab++) {
-        int32_t* counts = place + slab * columns;
-        for (int64_t r = rows * slab / slabs; r < rows * (slab + 1) / slabs; r++) {
-            const float* row = weight + r * columns;
-            Entry* to = by_row + start[r];
-            int64_t c = 0;
-            for (; c + LANES <= columns; c += LANES)
-                for (uint64_t rest = pack((Ints)(load(row + c) != Floats{})); rest; rest &= rest - 1) {
-                    int64_t at = c + __builtin_ctzll(rest);
-                    *to++ = {(int32_t)at, row[at]};
-                    counts[at]++;
-                }
-            for (; c < columns; c++)
-                if (row[c] != 0.0f) {
-                    *to++ = {(int32_t)c, row[c]};
-                    counts[c]++;
-                }
-        }
-    }
-    int32_t next = 0;
-    for (int64_t c = 0; c < columns; c++) {
-        column_start[c] = next;
-        for (int64_t slab = 0; slab < slabs; slab++) {
-            int32_t count = place[slab * columns + c];
-            place[slab * columns + c] = next;
-            next += count;
-        }
-    }
-    column_start[columns] = next;
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t slab = 0; slab < slabs; slab++) {
-        int32_t* to = place + slab * columns;
-        for (int64_t r = rows * slab / slabs; r < rows * (slab + 1) / slabs; r++)
-            for (int32_t e = start[r]; e < start[r + 1]; e++)
-                by_column[to[by_row[e].at]++] = {(int32_t)r, by_row[e].value};
-    }
-}
-
-// out (tokens, rows) = x (tokens, columns) W^T + bias (or null); W by rows. With W by columns: the input gradient.
+// What each of the maps makes of x (tokens, columns).
 void linear_forward(
-    const int32_t* start, const Entry* entries, int64_t rows, int64_t columns, const float* x, const float* bias,
-    int64_t tokens, float* out, int64_t threads) {
-    int64_t span = BLOCK;
-    while (span > LANES && (columns * span * 4 > CACHE || tokens <= span * threads / 2)) span /= 2;
-    if (span >= 4 * LANES)
-        forward<4>(start, entries, rows, columns, x, bias, tokens, out, threads);
-    else if (span >= 2 * LANES)
-        forward<2>(start, entries, rows, columns, x, bias, tokens, out, threads);
+    const Forward* maps, int64_t count, int64_t columns, const float* x, int64_t tokens, int64_t threads) {
+    if (tokens <= MOST * LANES * threads / 2)
+        forward<1>(maps, count, columns, x, tokens, threads);
     else
-        forward<1>(start, entries, rows, columns, x, bias, tokens, out, threads);
+        forward<MOST>(maps, count, columns, x, tokens, threads);
 }
 
-// What the gradients need of grad (tokens, rows), per block of tokens: for each row the bits of its non-zeros in `mask`
-// (blocks, rows), and their sum in `sums` (blocks, rows); the non-zeros row after row in `blocks` (blocks, rows * BLOCK),
-// from `place` (blocks, rows) on; their number in `filled` (blocks). Where `entries` are given (by columns):
-// grad_x (tokens, columns) = grad W.
+// What the gradients of the weights need, and where `grad_x` is given, (tokens, columns): the sum of grad W over the first
+// `multiplied` maps.
 void linear_backward(
-    const int32_t* start, const Entry* entries, int64_t rows, int64_t columns, const float* grad, int64_t tokens,
-    float* blocks, int32_t* place, uint64_t* mask, float* sums, int64_t* filled, float* grad_x, int64_t threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads) if (threads > 1)
-    for (int64_t t = 0; t < tokens; t += BLOCK) {
-        int64_t here = tokens - t < BLOCK ? tokens - t : BLOCK, b = t / BLOCK;
-        float* block = blocks + t * rows;
-        gather(grad + t * rows, rows, rows, here, BLOCK, block);
-        if (grad_x) multiply<BLOCK / LANES>(start, entries, columns, block, nullptr, here, grad_x + t * columns);
-        float* next = block;
-        for (int64_t r = 0; r < rows; r++) {
-            uint64_t word = 0;
-            Floats total{};
-            for (int i = 0; i < BLOCK; i += LANES) {
-                Floats v = load(block + r * BLOCK + i);
-                word |= pack((Ints)(v != Floats{})) << i;
-                total += v;
+    const Backward* maps, int64_t count, int64_t multiplied, int64_t columns, int64_t tokens, float* grad_x,
+    int64_t threads) {
+    int64_t rows = 0, most = 0;
+    for (int64_t m = 0; m < count; m++) {
+        rows += maps[m].rows;
+        most = maps[m].rows > most ? maps[m].rows : most;
+    }
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+    {
+        static thread_local Scratch scratch;
+        int64_t room = LANES * round_up(most + LANES, LANES);
+        float* gathered = scratch.of<float>(rows * BLOCK + room + count * (int64_t)(sizeof(Factor) / 4));
+        float* lines = gathered + rows * BLOCK;
+        Factor* factors = (Factor*)(lines + room);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < tokens; t += BLOCK) {
+            int64_t here = tokens - t < BLOCK ? tokens - t : BLOCK;
+            float* block = gathered;
+            for (int64_t m = 0; m < count; m++) {
+                take(maps[m], t, here, lines, block);
+                if (maps[m].blocks) compact(maps[m], t / BLOCK, block);
+                factors[m] = {maps[m].start, maps[m].entries, block};
+                block += maps[m].rows * BLOCK;
             }
-            mask[b * rows + r] = word;
-            sums[b * rows + r] = sum(total);
-            place[b * rows + r] = (int32_t)(next - block);
-            next = squeeze(block + r * BLOCK, word, next);
+            if (grad_x) multiply<BLOCK / LANES>(factors, multiplied, columns, nullptr, here, grad_x + t * columns);
         }
-        filled[b] = next - block;
     }
 }
 

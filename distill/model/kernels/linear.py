@@ -1,15 +1,22 @@
-"""Linear maps whose weight is mostly zeros, compiled: exact forward and gradients."""
+"""Linear maps with what follows them, compiled: products without the zeros of a weight, activation, AbsTopK.
 
-from dataclasses import dataclass
+The gradient of a weight is dense: an entry that is zero now may enter the weight later [G A.2]. It costs less where the
+gradient that comes in is mostly zero itself, as behind an AbsTopK.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill.model.kernels.build import call, threads, workspace
+from distill.model.kernels.pattern import Pattern
+from distill.model.kernels.topk import ACTIVATIONS, expected_cut, finish, pass_back, record_of
 
 DENSE_GRADIENT = 0.5
 """Share of non-zeros in the output's gradient from which on the weight gradient is a dense product."""
@@ -22,192 +29,247 @@ matrices and at 1/3 for large ones; at 1/4 the sparse way takes about three quar
 LEAST_SIDE = 32
 """Matrices that are narrower than this gain nothing."""
 
+Map = tuple[Tensor, Tensor | None]
+"""Weight (o, i) and bias (o) of a linear map."""
+Sink = Callable[["Gradient", Tensor], None]
+"""Takes the gradient of a map's output and what the map read, (*rows, i), in place of a gradient of its weight."""
+
 _BLOCK = 64
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _state(weight: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """What is another once the weight has changed."""
-    return weight.data_ptr(), weight._version, tuple(weight.shape)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pattern:
-    """A matrix without its zeros: the entries row by row and column by column.
-
-    An entry is 8 bytes of one int64: the column (or row) as int32 and the value as float32.
-    """
-
-    rows: int
-    columns: int
-    row_start: Tensor
-    by_row: Tensor
-    column_start: Tensor
-    by_column: Tensor
-
-    @property
-    def density(self) -> float:
-        """Share of the entries that are not zero, in [0, 1]."""
-        return self.by_row.numel() / max(self.rows * self.columns, 1)
-
-    @classmethod
-    def of(cls, weight: Float[Tensor, "o i"]) -> "Pattern":
-        """The entries of `weight`, kept until it is changed in place (as torch counts changes: not through `.data`)."""
-        if weight.is_inference():  # torch does not count its changes
-            return cls._build(weight.contiguous())
-        found = _kept.get(weight)
-        if found is None or found[0] != _state(weight):
-            found = _kept[weight] = (_state(weight), cls._build(weight.detach().contiguous()))
-        return found[1]
-
-    @classmethod
-    def remember(
-        cls,
-        weight: Float[Tensor, "o i"],
-        row_start: Int[Tensor, " o+1"],
-        by_row: Int[Tensor, " n"],
-        column_start: Int[Tensor, " i+1"],
-        by_column: Int[Tensor, " n"],
-    ) -> "Pattern":
-        """Takes entries worked out elsewhere for what `of` would find in `weight` as it is now.
-
-        Arguments:
-            weight: its entries that are not zero are those given, which is not checked.
-            row_start: int32; the entries of row r are those from row_start[r] up to row_start[r + 1].
-            by_row: entries row after row, columns ascending.
-            column_start: int32; as `row_start`, for columns.
-            by_column: entries column after column, rows ascending.
-        """
-        assert row_start.dtype == column_start.dtype == torch.int32, f"{row_start.dtype}, {column_start.dtype}"
-        assert by_row.dtype == by_column.dtype == torch.int64, f"{by_row.dtype}, {by_column.dtype}"
-        rows, columns = weight.shape
-        found = cls(
-            rows=rows,
-            columns=columns,
-            row_start=row_start,
-            by_row=by_row,
-            column_start=column_start,
-            by_column=by_column,
-        )
-        _kept[weight] = (_state(weight), found)
-        return found
-
-    @classmethod
-    def _build(cls, weight: Tensor) -> "Pattern":
-        rows, columns = weight.shape
-        slabs = threads(weight.numel())
-        row_start = torch.empty(rows + 1, dtype=torch.int32)
-        column_start = torch.empty(columns + 1, dtype=torch.int32)
-        place = torch.empty(slabs, columns, dtype=torch.int32)
-        call("pattern_count", weight, rows, columns, row_start, slabs)
-        by_row, by_column = (torch.empty(int(row_start[-1]), dtype=torch.int64) for _ in range(2))
-        call("pattern_fill", weight, rows, columns, row_start, by_row, column_start, by_column, place, slabs, slabs)
-        return cls(
-            rows=rows,
-            columns=columns,
-            row_start=row_start,
-            by_row=by_row,
-            column_start=column_start,
-            by_column=by_column,
-        )
-
-
-class _SparseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        x = x.contiguous()
-        ctx.pattern = pattern
-        ctx.save_for_backward(x if weight.requires_grad else None)
-        out = x.new_empty(*x.shape[:-1], pattern.rows)
-        tokens = x.numel() // pattern.columns
-        bias = None if bias is None else bias.contiguous()
-        n = threads(tokens * (pattern.rows + pattern.columns))
-        call(
-            "linear_forward", pattern.row_start, pattern.by_row, pattern.rows, pattern.columns, x, bias, tokens, out, n
-        )
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        assert not torch.is_grad_enabled(), "differentiable once: no create_graph"
-        pattern: Pattern = ctx.pattern
-        rows, columns = pattern.rows, pattern.columns
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad = grads[0].contiguous()
-        tokens = grad.numel() // rows
-        n = threads(tokens * (rows + columns))
-        grad_x = grad.new_empty(*grad.shape[:-1], columns) if needs_x else None
-        if not needs_weight:
-            if grad_x is not None:
-                by_column = (pattern.column_start, pattern.by_column)
-                call("linear_forward", *by_column, columns, rows, grad, None, tokens, grad_x, n)
-            return grad_x, None, grad.reshape(-1, rows).sum(0) if needs_bias else None, None
-        (x,) = ctx.saved_tensors
-        grad_weight, grad_bias = _weight_gradient(grad, x, pattern, grad_x)
-        return grad_x, grad_weight, grad_bias if needs_bias else None, None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, pattern: Pattern | None, grad_x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias; fills `grad_x` where it is given, as the transposed gradient serves both."""
-    rows, columns = grad.shape[-1], x.shape[-1]
-    tokens = grad.numel() // rows
-    n = threads(tokens * (rows + columns))
-    count = -(-tokens // _BLOCK)
-    blocks = workspace(count * rows * _BLOCK)
-    place = torch.empty(count, rows, dtype=torch.int32)
-    mask = torch.empty(count, rows, dtype=torch.int64)
-    sums = grad.new_empty(count, rows)
-    filled = torch.empty(count, dtype=torch.int64)
-    by_column = (None, None) if pattern is None else (pattern.column_start, pattern.by_column)
-    call("linear_backward", *by_column, rows, columns, grad, tokens, blocks, place, mask, sums, filled, grad_x, n)
-    if int(filled.sum()) > DENSE_GRADIENT * grad.numel():
-        grad_weight = _dense_product(grad.reshape(-1, rows), x.reshape(-1, columns))
-    else:
-        grad_weight = grad.new_empty(rows, columns)
-        call("linear_weight", blocks, place, mask, rows, columns, x, tokens, grad_weight, n)
-    return grad_weight, sums.sum(0)
-
-
-def weight_gradient(
-    grad: Float[Tensor, "*rows o"], x: Float[Tensor, "*rows i"]
-) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"]]:
-    """Gradients of weight and bias of a linear map, sparse or not, for float32 on a CPU where `available()`.
-
-    grad^T x costs in proportion to the non-zeros of `grad`, which behind an AbsTopK are few; a `grad` that is not
-    mostly zeros is multiplied by oneDNN.
-
-    Arguments:
-        grad: gradient of the output.
-        x: input of the map.
-    """
-    assert grad.numel() > 0 and x.numel() > 0, f"{tuple(grad.shape)}, {tuple(x.shape)}"
-    return _weight_gradient(grad.contiguous(), x.contiguous(), None, None)
 
 
 def worth_it(o: int, i: int, density: float) -> bool:
-    """Whether `sparse_linear` is faster than a dense product for a weight (o, i) of that share of non-zeros."""
+    """Whether products without the zeros are faster for a weight (o, i) of that share of non-zeros."""
     return density <= CROSSOVER and min(o, i) >= LEAST_SIDE
 
 
-def _dense_product(left: Float[Tensor, "n o"], right: Float[Tensor, "n i"]) -> Float[Tensor, "o i"]:
-    """left^T right, by oneDNN where torch has it."""
-    if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(left.T, right.T, None, "none", [], "")
-    return left.T @ right
+def linear_maps(
+    x: Float[Tensor, "*rows i"],
+    maps: Sequence[Map],
+    *,
+    sparse: Sequence[bool],
+    keep: Sequence[int | None],
+    activation: str = "identity",
+    sinks: Sequence[Sink | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """For each map AbsTopK(activation(x W^T + b)), for float32 on a CPU where `available()`.
+
+    Exact but for the order of sums and rounding, and differentiable once. Where a dense product would make NaN of a
+    zero weight and an infinite activation, a sparse one adds nothing.
+
+    Arguments:
+        x: what all of the maps read.
+        maps: weight and bias of each.
+        sparse: for each map whether its products are made without the zeros.
+        keep: for each map how many entries AbsTopK keeps; None for all.
+        activation: one of `ACTIVATIONS`.
+        sinks: for each map perhaps who takes what the weight's gradient would be made from; the weight then gets none.
+    """
+    assert x.dtype == torch.float32 and x.device.type == "cpu", f"{x.dtype} on {x.device}"
+    if x.numel() == 0:
+        return tuple(F.linear(x, weight, bias) for weight, bias in maps)
+    patterns = [Pattern.of(weight) if chosen else None for (weight, _), chosen in zip(maps, sparse, strict=True)]
+    ks = [len(weight) if k is None else min(k, len(weight)) for (weight, _), k in zip(maps, keep, strict=True)]
+    given = [part for pair in maps for part in pair]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given)):
+        sinks = sinks or [None] * len(maps)
+        return _Maps.apply(x, patterns, ks, activation, sinks, *given)  # pyright: ignore[reportReturnType]
+    fixed = [(weight.detach(), None if bias is None else bias.detach()) for weight, bias in maps]
+    return _outputs(x.detach().contiguous(), fixed, patterns, ks, activation, [(None, None)] * len(maps))
 
 
 def sparse_linear(
     x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "*rows o"]:
-    """x W^T + b without the zeros of W, for float32 on a CPU where `available()`: exact but for the order of sums.
+    """x W^T + b without the zeros of W, see `linear_maps`."""
+    return linear_maps(x, [(weight, bias)], sparse=[True], keep=[None])[0]
 
-    The gradient of the weight is dense: an entry that is zero now may enter the weight later [G A.2]. It costs less
-    where the gradient that comes in is mostly zero itself, as behind an AbsTopK. Where a dense product would
-    make NaN of a zero weight and an infinite activation, nothing is added. Differentiable once.
+
+def weight_gradient(
+    grad: Float[Tensor, "*rows o"], x: Float[Tensor, "*rows i"]
+) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"]]:
+    """Gradients of weight and bias of a linear map from that of its output, for float32 on a CPU where `available()`.
+
+    grad^T x costs in proportion to the non-zeros of `grad`; a `grad` that is not mostly zeros is multiplied by oneDNN.
     """
-    assert x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu", f"{x.dtype}, {weight.dtype}, {x.device}"
-    if x.numel() == 0 or weight.numel() == 0:
-        return F.linear(x, weight, bias)
-    out = _SparseLinear.apply(x, weight, bias, Pattern.of(weight))
-    assert isinstance(out, Tensor)
-    return out
+    output = Gradient(grad, grad.shape[-1], None, None)
+    _run([output], [None], [True], None)
+    return output.weight(x.contiguous()), output.parts[3].sum(0)
+
+
+def dense_product(
+    x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "*rows o"]:
+    """x W^T + b, zeros and all, by oneDNN where torch has it: on many CPUs it takes half of the default's time."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+class _Finish(ctypes.Structure):
+    _fields_ = [("width", c_int64), ("keep", c_int64), ("activation", c_int64), ("cut", c_float), ("crowd", c_float)]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("start", "entries", "bias", "out", "mask", "slope")),
+        ("finish", _Finish),
+    ]
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous(), "a kernel reads tensors in order"
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _outputs(
+    x: Tensor,
+    maps: Sequence[Map],
+    patterns: Sequence[Pattern | None],
+    ks: Sequence[int],
+    activation: str,
+    records: Sequence[tuple[Tensor | None, Tensor | None]],
+) -> tuple[Tensor, ...]:
+    """What the maps make of x (contiguous); fills the records."""
+    columns = x.shape[-1]
+    outs, jobs, alive = [], [], []
+    for (weight, bias), pattern, k, (mask, slope) in zip(maps, patterns, ks, records, strict=True):
+        rows = weight.shape[0]
+        if pattern is None:
+            out = dense_product(x, weight, bias)
+            if out._is_view():  # one that is made in here could not be changed in place outside
+                out = out.new_empty(0).set_(out.untyped_storage(), 0, out.shape, out.stride())
+            if k < rows or activation != "identity":
+                finish(out, k, activation, mask, slope, out)
+        else:
+            out = x.new_empty(*x.shape[:-1], rows)
+            alive.append(None if bias is None else bias.contiguous())
+            places = (pattern.row_start, pattern.by_row, alive[-1], out, mask, slope)
+            after = _Finish(rows, k, ACTIVATIONS[activation], *expected_cut(k, rows))
+            jobs.append(_Forward(*map(_at, places), after))
+        outs.append(out)
+    if jobs:
+        n = threads(x.numel() + sum(out.numel() for out in outs))
+        call("linear_forward", (_Forward * len(jobs))(*jobs), len(jobs), columns, x, x.numel() // columns, n)
+    return tuple(outs)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("start", "entries", "grad", "mask", "slope")),
+        ("rows", c_int64),
+        ("keep", c_int64),
+        *((name, c_void_p) for name in ("blocks", "place", "bits", "sums", "filled")),
+    ]
+
+
+class Gradient:
+    """The gradient of one map's output, (tokens, rows), on the way back.
+
+    `parts` is what the gradient of the weight is made from: the gradient transposed, without its zeros, in blocks of 64
+    tokens. See `Backward` in linear.cpp for its five tensors.
+    """
+
+    def __init__(self, grad: Tensor, k: int, mask: Tensor | None, slope: Tensor | None) -> None:
+        self.grad, self.k, self.mask, self.slope = grad.contiguous(), k, mask, slope
+        self.rows, self.tokens = grad.shape[-1], grad.numel() // grad.shape[-1]
+        self.parts: tuple[Tensor, ...] = ()
+
+    def pass_back(self) -> Tensor:
+        """The gradient before activation and AbsTopK, which it is from now on."""
+        self.grad = pass_back(self.grad, self.k, self.mask, self.slope)
+        self.mask = self.slope = None
+        return self.grad
+
+    def job(self, pattern: Pattern | None, blocks: Tensor | None) -> _Backward:
+        """What the kernel is to do: with `blocks`, room for the transposed gradient, to make `parts`."""
+        if blocks is not None:
+            count = -(-self.tokens // _BLOCK)
+            types = (torch.int32, torch.int64, torch.float32)
+            place, bits, sums = (torch.empty(count, self.rows, dtype=dtype) for dtype in types)
+            self.parts = (blocks, place, bits, sums, torch.empty(count, dtype=torch.int64))
+        entries = (None, None) if pattern is None else (pattern.column_start, pattern.by_column)
+        places = map(_at, (*entries, self.grad, self.mask, self.slope))
+        return _Backward(*places, self.rows, self.k, *map(_at, self.parts or (None,) * 5))
+
+    def weight(self, x: Tensor) -> Tensor:
+        """The gradient of the weight, from the parts."""
+        columns = x.shape[-1]
+        blocks, place, bits, _, filled = self.parts
+        if int(filled.sum()) > DENSE_GRADIENT * self.grad.numel():
+            return dense_product(self.pass_back().reshape(-1, self.rows).T, x.reshape(-1, columns).T)
+        out = x.new_empty(self.rows, columns)
+        n = threads(self.tokens * (self.rows + columns))
+        call("linear_weight", blocks, place, bits, self.rows, columns, x, self.tokens, out, n)
+        return out
+
+
+def _run(
+    outputs: Sequence[Gradient], patterns: Sequence[Pattern | None], learns: Sequence[bool], grad_x: Tensor | None
+) -> None:
+    """Fills `grad_x` where it is given, from the outputs with a pattern, and makes the parts of those that learn."""
+    tokens = outputs[0].tokens
+    span = -(-tokens // _BLOCK) * _BLOCK
+    chosen = [m for m, pattern in enumerate(patterns) if learns[m] or (pattern is not None and grad_x is not None)]
+    if not chosen:
+        return
+    chosen.sort(key=lambda m: patterns[m] is None)
+    sizes = [span * outputs[m].rows if learns[m] else 0 for m in chosen]
+    rooms = workspace(sum(sizes))[: sum(sizes)].split(sizes)
+    jobs = [outputs[m].job(patterns[m], room if learns[m] else None) for m, room in zip(chosen, rooms, strict=True)]
+    multiplied = sum(patterns[m] is not None for m in chosen) if grad_x is not None else 0
+    columns = 0 if grad_x is None else grad_x.shape[-1]
+    n = threads(tokens * (columns + sum(outputs[m].rows for m in chosen)))
+    call("linear_backward", (_Backward * len(jobs))(*jobs), len(jobs), multiplied, columns, tokens, grad_x, n)
+
+
+class _Maps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        patterns: Sequence[Pattern | None],
+        ks: Sequence[int],
+        activation: str,
+        sinks: Sequence[Sink | None],
+        *given: Any,
+    ) -> tuple[Tensor, ...]:
+        maps = list(zip(given[::2], given[1::2], strict=True))
+        x = x.contiguous()
+        tokens = x.numel() // x.shape[-1]
+        records = [record_of(tokens, len(weight), k, activation) for (weight, _), k in zip(maps, ks, strict=True)]
+        ctx.patterns, ctx.ks, ctx.sinks, ctx.columns = patterns, ks, sinks, x.shape[-1]
+        weights = [weight if pattern is None else None for (weight, _), pattern in zip(maps, patterns, strict=True)]
+        masks, slopes = zip(*records, strict=True)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[5:]) else None, *weights, *masks, *slopes)
+        return _outputs(x, maps, patterns, ks, activation, records)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        assert not torch.is_grad_enabled(), "differentiable once: no create_graph"
+        n = len(grads)
+        x, *saved = ctx.saved_tensors
+        outputs = [Gradient(grads[m], ctx.ks[m], saved[n + m], saved[2 * n + m]) for m in range(n)]
+        needs = ctx.needs_input_grad[5:]
+        learns = [needs[2 * m] or needs[2 * m + 1] for m in range(n)]
+        shape, grad_x = (*grads[0].shape[:-1], ctx.columns), None
+        if ctx.needs_input_grad[0] and any(ctx.patterns):
+            grad_x = grads[0].new_empty(shape)
+        _run(outputs, ctx.patterns, learns, grad_x)
+        if ctx.needs_input_grad[0]:
+            for output, weight in zip(outputs, saved[:n], strict=True):
+                if weight is not None:
+                    part = dense_product(output.pass_back(), weight.T)
+                    grad_x = part if grad_x is None else grad_x.add_(part)
+        found: list[Tensor | None] = []
+        for m, (output, sink) in enumerate(zip(outputs, ctx.sinks, strict=True)):
+            if sink is not None and needs[2 * m]:
+                sink(output, x)
+            found.append(output.weight(x) if sink is None and needs[2 * m] else None)
+            found.append(output.parts[3].sum(0) if needs[2 * m + 1] else None)
+        return grad_x, None, None, None, None, *found

@@ -46,29 +46,61 @@ struct Cut {
     bool tied;
 };
 
-// `guess` is tried first; `slope` is by how much the bound moves per entry too many after that (0: by the secant).
+// The entries in [low, high) to `found`, zeros behind them to a whole pack; returns the number with those. COUNTED more
+// places than there are entries may be written.
+static inline int64_t narrow(const int32_t* sizes, int64_t padded, int64_t low, int64_t high, int32_t* found) {
+    Ints from = splat((int32_t)low), to = splat((int32_t)(high - 1));
+    float* next = (float*)found;
+    for (int64_t j = 0; j < padded; j += LANES) {
+        Ints size = load(sizes + j);
+        uint64_t bits = pack((Ints)(size >= from) & (Ints)(size <= to));
+        if (bits) next = squeeze((Floats)size, bits, next);
+    }
+    int64_t count = (int32_t*)next - found;
+    memset((void*)next, 0, (size_t)COUNTED * 4);
+    return round_up(count, COUNTED);
+}
+
+// `guess` is tried first; `slope` is by how much the bound moves per entry too many after that (0: by the secant). With
+// `room`, for padded + COUNTED entries, only those in the bracket are looked at once they are few.
 static inline Cut search(
-    const int32_t* sizes, int64_t padded, int32_t k, Bracket bracket, float guess, float slope) {
+    const int32_t* sizes, int64_t padded, int32_t k, Bracket bracket, float guess, float slope, int32_t* room = nullptr) {
+    int32_t beyond = 0;  // entries above all that are looked at
+    // By how many entries each end misses k; halved for an end that stays, or the other would creep towards it.
+    float too_many = (float)(bracket.from_low - k), too_few = (float)(k - bracket.from_high);
+    int side = 0;
     for (int step = 0; bracket.high - bracket.low > 1; step++) {
         int64_t bound = as_bits(guess);
         // Not strictly inside (or not a number), or it has taken long: halve the bits.
-        if (!(bound > bracket.low && bound < bracket.high) || step % 5 == 4)
+        if (!(bound > bracket.low && bound < bracket.high) || step % 8 == 7)
             bound = bracket.low + (bracket.high - bracket.low) / 2;
-        int32_t count = count_from(sizes, padded, (int32_t)bound);
+        int32_t count = beyond + count_from(sizes, padded, (int32_t)bound);
         if (count == k) return {(int32_t)bound, 0, false};
+        float miss = (float)(count - k);
         if (count > k) {
             bracket.low = bound;
             bracket.from_low = count;
+            too_many = miss;
+            if (side > 0) too_few *= 0.5f;
+            side = 1;
         } else {
             bracket.high = bound;
             bracket.from_high = count;
+            too_few = -miss;
+            if (side < 0) too_many *= 0.5f;
+            side = -1;
         }
-        if (step == 0 && slope > 0) {
-            guess = as_float(bound) + (float)(count - k) * slope;
-        } else {
-            float left = as_float(bracket.low), right = as_float(bracket.high);
-            float share = (float)(bracket.from_low - k) / (float)(bracket.from_low - bracket.from_high);
-            guess = left + (right - left) * share;
+        float left = as_float(bracket.low), right = as_float(bracket.high);
+        // The first time a little too far, so that the cut lies between the two.
+        if (step == 0 && slope > 0)
+            guess = as_float(bound) + (miss * 1.125f + (miss > 0 ? 2.0f : -2.0f)) * slope;
+        else
+            guess = left + (right - left) * (too_many / (too_many + too_few));
+        if (room && 4 * (int64_t)(bracket.from_low - bracket.from_high) < padded) {
+            padded = narrow(sizes, padded, bracket.low, bracket.high, room);
+            sizes = room;
+            beyond = bracket.from_high;
+            room = nullptr;
         }
     }
     return {(int32_t)bracket.low, bracket.from_high, true};

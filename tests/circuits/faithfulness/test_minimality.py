@@ -1,11 +1,13 @@
 """Minimality: nothing can go from the planted circuit, and what was added to it is found."""
 
 import pytest
+import torch
 
 from distill.circuits.edges import induced_edge_set
 from distill.circuits.faithfulness import Limits, Runs
 from distill.circuits.faithfulness.minimality import minimality
 from distill.circuits.faithfulness.sufficiency import sufficiency
+from distill.model.transformer import Architecture, SparseTransformer
 
 
 def test_nothing_can_go_from_the_planted_circuit(circuit, planted, make_prompts):
@@ -60,7 +62,8 @@ def test_a_dropped_edge_is_gone_from_every_run(circuit, planted, make_prompts):
     # What is left is the ablation value of the source, which prefers the same word whatever the prompt.
     prefers = runs.difference(batch, runs.ours(batch)) * batch.orientation
     assert float(prefers.max() - prefers.min()) < 1e-4 < float(runs.of(batch, circuit.with_edges(None).nodes).std())
-    assert runs.of(batch, cut.nodes).tolist() == runs.difference(batch, runs.ours(batch)).tolist()
+    alone = runs.of(batch, cut.nodes).tolist()
+    assert alone == pytest.approx(runs.difference(batch, runs.ours(batch)).tolist(), abs=1e-4)
     # Beside a node that is not the circuit's, all edges are there; restored, all of the model is.
     every = {location: mask | True for location, mask in cut.nodes.items()}
     assert float(runs.of(batch, every).min()) > 1
@@ -68,3 +71,22 @@ def test_a_dropped_edge_is_gone_from_every_run(circuit, planted, make_prompts):
         batch, runs.logits(batch, runs.restored(lambda size: (every["0.attn.v"][:1]).expand(size)))
     )
     assert restored.tolist() == pytest.approx(runs.difference(batch, runs.full(batch)).tolist(), rel=1e-4)
+
+
+def test_a_part_runs_alike_as_a_module_and_under_a_tap(planted, make_circuit, make_prompts, planted_names):
+    loose = make_circuit(planted, (*planted_names, "0.attn.v.5", "0.attn.act_in.6", "0.attn.resid_delta.8"))
+    runs, batch = Runs(planted, loose), make_prompts(8, 5)
+    part = {**loose.nodes, "0.attn.v": loose.nodes["0.attn.v"] & (torch.arange(8) > 0)}
+    fewer = {matrix: index[:, 1:] for matrix, index in runs.edges.items()}
+    for nodes, edges in ((part, None), (None, fewer), (None, None)):
+        tapped = runs.difference(batch, runs.logits(batch, runs.tap(nodes, edges=edges)))
+        assert runs.of(batch, nodes, edges=edges).tolist() == pytest.approx(tapped.tolist(), abs=1e-4)
+
+
+def test_a_model_that_cannot_be_taken_apart_is_judged_under_taps(make_circuit, make_prompts):
+    architecture = Architecture(vocab_size=7, context=16, n_layer=1, d_model=16, d_head=8, d_mlp=8,
+                                residual_activation="relu", bigram=False)  # fmt: skip
+    model = SparseTransformer.build(architecture)
+    circuit = make_circuit(model, ("0.attn.act_in.0", "0.attn.v.0", "0.attn.resid_delta.0", "0.mlp.post_act.1"))
+    check = minimality(model, circuit, make_prompts(4, 5))
+    assert check.details["nodes_tried"] == 4 and check.details["edges_tried"] == 2
