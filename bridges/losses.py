@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.model import operations
 from distill.model.topk import abs_topk
 
 SMALLEST_VARIANCE = 1e-12
@@ -52,7 +53,7 @@ def spread(target: Float[Tensor, "*rows C"]) -> Float[Tensor, ""]:
 
 def cross_entropy(logits: Float[Tensor, "*rows V"], targets: Int[Tensor, "*rows"]) -> Float[Tensor, ""]:
     """Mean over tokens of -log softmax(logits)[target], in nats per token."""
-    return F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return operations.cross_entropy(logits.float(), targets)
 
 
 def kl(

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.model import kernels
 from distill.model.kernels.candidates import sample_of, sampled_embedding, sampled_linear
 from distill.model.linear_path import chosen
-from distill.model.path import PATHS, native, set_path
+from distill.model.path import PATHS, native, plain, set_path
 from distill.model.topk import abs_topk
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "native",
     "norm_scale",
     "norm_topk",
+    "plain",
     "scaled",
     "set_path",
     "split_heads",

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distill.model import kernels
 from distill.model.kernels import cuda
@@ -18,9 +19,15 @@ def set_path(path: str) -> None:
     _path = path
 
 
+def plain() -> bool:
+    """Whether only plain operations are to be used."""
+    return _path == "plain"
+
+
 def native(x: Tensor) -> bool:
     """Whether the compiled operations are to be used on a tensor like this one: float32 on a CPU."""
     fits = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    fits = fits and not isinstance(x, DTensor)  # its entries are spread over processes
     return fits and _path == "auto" and kernels.available()
 
 

@@ -157,7 +157,7 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
             return x
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return x + self.embed_positions(position_ids)
+        return x + ops.embedding(self.embed_positions.weight, position_ids)
 
     def sublayer(
         self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
@@ -219,7 +219,9 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         if positions is not None or wants(tap, "pre"):
             read = norm(x, name, tap)
             if positions is not None:
-                read = torch.cat([read, positions(self.embed_positions(context.position_ids))], -1)
+                read = torch.cat(
+                    [read, positions(ops.embedding(self.embed_positions.weight, context.position_ids))], -1
+                )
             return self._node(location, read, tap)
         read = norm(x, name, tap, k=self._kept(location))
         return read if tap is None else tap(location, read)

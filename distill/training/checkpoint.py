@@ -1,7 +1,8 @@
 """Checkpoints: everything a training needs to go on as if it had never stopped.
 
 `checkpoints/step-00000100/` holds `weights.safetensors` (trained parameters and buffers; frozen ones do not change),
-`moments.safetensors` (the optimiser's state) and `state.json` (step, configuration, random state). A folder appears
+`moments.safetensors` (the optimiser's state), `candidates.safetensors` (of the candidate mode) and `state.json` (step,
+configuration, random state). A folder appears
 whole or not at all, so a killed process or a full disk leaves the one before it. The position in the data is the step.
 """
 
@@ -29,6 +30,7 @@ from distill.artifact import (
 )
 
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+CANDIDATES = "candidates.safetensors"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -47,6 +49,7 @@ def save_checkpoint(
     modules: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    candidates: Mapping[str, Tensor],
     state: Mapping[str, Any],
     provenance: Provenance,
     keep: int,
@@ -58,6 +61,7 @@ def save_checkpoint(
         step: optimiser steps done.
         modules: what is trained.
         optimizer: the optimiser of its parameters.
+        candidates: tensors that `load_checkpoint` shall give back (`CandidateTraining.tensors`).
         state: JSON values that `load_checkpoint` shall give back.
         provenance: of the run.
         keep: checkpoints that stay, 1 and more.
@@ -70,21 +74,25 @@ def save_checkpoint(
     with fresh_folder(path, origin, replace=True) as fresh:
         save_tensors(fresh / WEIGHTS, _state_tensors(modules), {"kind": "weights"})
         save_tensors(fresh / MOMENTS, _moments(modules, optimizer), {"kind": "moments"})
+        save_tensors(fresh / CANDIDATES, dict(candidates), {"kind": "candidates"})
         write_json(fresh / STATE, {"step": step, **state, "random": random_state()})
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old, "run")
     return path
 
 
-def load_checkpoint(path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put weights, moments and random state back, in place.
 
-    Returns the content of `state.json`: `step` and what was saved with it. Raises `ArtifactError` for a checkpoint that
-    is damaged or belongs to other modules, before anything is changed.
+    Returns the content of `state.json`, `step` and what was saved with it, and the tensors of the candidates. Raises
+    `ArtifactError` for a checkpoint that is damaged or belongs to other modules, before anything is changed.
     """
     read_manifest(path, "run")
     weights, _ = load_tensors(path / WEIGHTS, kind="weights")
     moments, _ = load_tensors(path / MOMENTS, kind="moments")
+    candidates, _ = load_tensors(path / CANDIDATES, kind="candidates")
     state = read_json(path / STATE, what="training state")
     if not isinstance(state, dict) or type(state.get("step")) is not int or "random" not in state:
         raise ArtifactError(f"{path / STATE}: holds no 'step' and 'random'")
@@ -104,7 +112,7 @@ def load_checkpoint(path: Path, modules: nn.Module, optimizer: torch.optim.Optim
         restore_random_state(state["random"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path / STATE}: 'random' is no random state ({error})") from None
-    return state
+    return state, candidates
 
 
 def random_state() -> dict[str, Any]:

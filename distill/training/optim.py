@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.model import kernels
 from distill.model.linear_path import chosen
 from distill.model.operations import native
 from distill.training.sparsity import project_
+from distill.training.threshold import Thresholds
 
 GradRms = Literal["normalize", "clip", "off"]
 Floors = Mapping[str, tuple[int, int | None]]
@@ -59,6 +61,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self._floors = floors
         self._owned: dict[nn.Parameter, kernels.Projected] = {}
+        self._thresholds = Thresholds()
         self.nonzeros = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "sparse")
         """Entries of the sparse parameters that are not zero after the last projection; all before the first."""
 
@@ -97,6 +100,8 @@ class ProjectedAdamW(torch.optim.AdamW):
 
     def _project(self, parameter: nn.Parameter, fraction: float) -> int:
         floor, axis = self._floors[parameter]
+        if isinstance(parameter, DTensor) or parameter.device.type != "cpu":
+            return self._thresholds.project_(parameter, parameter, fraction, floor=floor, axis=axis)
         return project_(parameter, fraction, floor=floor, axis=axis)
 
     def _compiled_step(

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +16,7 @@ from distill.data.sample import save_sample, spread_windows
 from distill.data.tokens import Sampler, TokenData
 from distill.model import DenseModel, SparseTransformer
 from distill.model.linear_path import fixed
+from distill.model.operations import cross_entropy
 from distill.training.evaluate import heldout_loss
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import Objective, TrainConfig, train
@@ -61,7 +61,7 @@ def next_token_loss(model: SparseTransformer | DenseModel) -> Objective:
 
     def objective(tokens: Int[Tensor, "B T1"], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         logits = model.run(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), {}
+        return cross_entropy(logits, tokens[:, 1:]), {}
 
     return objective
 

@@ -8,14 +8,16 @@ back the largest entries of every neuron and head channel that the magnitude rul
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.model import kernels
-from distill.model.operations import native
+from distill.model.operations import native, plain
+from distill.training.threshold import Cut, project_counted_
 
 Anneal = Literal["linear", "exponential", "fast"]
 FAST_FRACTION = 0.05
@@ -106,6 +108,8 @@ def project_(weight: Tensor, fraction: float, *, floor: int = 0, axis: int | Non
         )
     if native(weight) and weight.is_contiguous():
         return kernels.project_(weight, fraction, floor=floor, axis=axis)
+    if isinstance(weight, DTensor) or (weight.device.type != "cpu" and not plain()):
+        return project_counted_(weight, fraction, floor=floor, axis=axis)
     data = weight.detach()
     magnitude = data.abs()
     kept = _largest(magnitude, round(fraction * data.numel()))
@@ -113,17 +117,6 @@ def project_(weight: Tensor, fraction: float, *, floor: int = 0, axis: int | Non
         kept = _with_floor(kept, magnitude, floor, axis)
     data.masked_fill_(~kept, 0.0)
     return int(torch.count_nonzero(data))
-
-
-class Cut(NamedTuple):
-    """Where a tensor is cut so that exactly so many entries stay."""
-
-    value: float
-    """Every entry of larger magnitude stays; 0: all non-zero entries stay; infinity: none."""
-    stay: int
-    """Of the entries equal to it the first so many stay."""
-    equal: int
-    """Entries equal to it."""
 
 
 def magnitude_threshold(magnitude: Tensor, count: int) -> Cut:

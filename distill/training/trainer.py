@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from distill.artifact import Provenance, append_line, lock
 from distill.data.tokens import Sampler
 from distill.model import linear_path as paths
 from distill.model import operations
+from distill.training.candidates import CandidateConfig, CandidateTraining
 from distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from distill.training.optim import (
     GradRms,
@@ -91,6 +92,10 @@ class TrainConfig:
     """AdamW's decay per step and unit of rate; norm gains, sinks and the bigram table are exempt."""
     warmup_fraction: float = 0.01
     """Share of the steps in which the rate rises from 0, in [0, 1]; then it falls linearly to 0."""
+    candidate_mode: bool = False
+    """Whether gradients and moments are kept for the kept entries and some candidates only, see `candidates`."""
+    candidates: CandidateConfig = CandidateConfig()
+    """Which candidates, with candidate_mode."""
     seed: int = 0
     """Seed of the order of the data."""
     log_every: int = 10
@@ -204,13 +209,18 @@ class _Run:
         self.modules, self.config, self.folder, self.sparse = modules, config, folder, sparse
         self.sampler = Sampler(data, batch=config.batch, context=config.context, seed=config.seed)
         self.provenance, self.engine, self.main = provenance, engine, engine.is_main_process
+        floors = {name: _floor(name, p, config) for name, p in sparse.items()}
         self.optimizer = make_optimizer(
-            modules,
-            sparse,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            floors={name: _floor(name, p, config) for name, p in sparse.items()},
+            modules, sparse, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, floors=floors
+        )
+        self.candidates = CandidateTraining(
+            sparse if config.candidate_mode and config.kept < 1 else {},
+            self.optimizer,
+            config.candidates,
+            steps=config.steps,
+            kept_after=config.kept_after,
+            floors=floors,
+            seed=config.seed,
         )
         self.parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
         self.numel = sum(p.numel() for p in self.parameters.values())
@@ -243,7 +253,7 @@ def _loop(
     run.modules.train()
     pace = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs few lines
     bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not run.main, mininterval=pace)
-    with paths.use(path), bar, _deferred_interrupt() as interrupted:
+    with paths.use(path), bar, _deferred_interrupt() as interrupted, closing(run.candidates):
         while run.step < config.steps:
             begun = time.perf_counter()
             _update(run, objective)
@@ -277,8 +287,9 @@ def _start(run: _Run, resume: bool) -> None:
             raise ValueError(f"folder: {run.folder} holds a run already, allowed are a new folder, or to resume it")
         return
     if saved:
-        state = load_checkpoint(saved[-1], run.modules, run.optimizer)
+        state, candidates = load_checkpoint(saved[-1], run.modules, run.optimizer)
         _check_same(run, state, saved[-1])
+        run.candidates.restore(candidates)
         run.step, run.sums, run.summed = state["step"], dict(state["sums"]), state["summed"]
         run.seconds = state["seconds"]
     run.engine.wait_for_everyone()
@@ -336,6 +347,7 @@ def _update(run: _Run, objective: Objective) -> None:
     tokens = run.sampler.batch(step)
     share = config.batch // run.engine.num_processes
     mine = tokens[run.engine.process_index * share :][:share].to(run.device)
+    run.candidates.begin(step)
     run.optimizer.zero_grad()
     loss, terms = objective(mine, step)
     loss.backward()
@@ -344,10 +356,12 @@ def _update(run: _Run, objective: Objective) -> None:
     set_rate(run.optimizer, rate, sharkfin, config.dense_rate)
     run.step += 1
     kept = config.kept_after(run.step)
-    run.optimizer.step(scale=gradient_scale(rms, config.grad_rms), fraction=kept if config.kept < 1 else None)
+    scale, sampled = gradient_scale(rms, config.grad_rms), run.candidates.parameters
+    run.optimizer.step(scale=scale, fraction=kept if config.kept < 1 else None, without=sampled)
+    nonzeros = run.optimizer.nonzeros + run.candidates.step(scale, kept)
     run.now = {
         "kept": kept,
-        "nonzeros": run.optimizer.nonzeros,
+        "nonzeros": nonzeros,
         "rate": rate,
         "rate_sparse": rate * sharkfin,
         "gradient_rms": rms,
@@ -367,8 +381,11 @@ def _gradient_rms(run: _Run, loss: Tensor) -> float:
         for parameter in run.parameters.values():
             if parameter.grad is not None:
                 parameter.grad = _mean(run.engine, parameter.grad)
+        for gradient in run.candidates.gradients():
+            gradient.copy_(_mean(run.engine, gradient))
         loss = _mean(run.engine, loss)
     value, length = torch.stack([loss, gradient_norm(run.parameters.values()).to(loss)]).tolist()
+    length = math.sqrt(length**2 + run.candidates.squares())
     if not math.isfinite(value):
         raise _broken(run, f"loss is {value}")
     if not math.isfinite(length):
@@ -435,7 +452,14 @@ def _save(run: _Run) -> None:
         }
         keep = run.config.keep_checkpoints
         save_checkpoint(
-            run.folder, run.step, run.modules, run.optimizer, state=state, provenance=run.provenance, keep=keep
+            run.folder,
+            run.step,
+            run.modules,
+            run.optimizer,
+            candidates=run.candidates.tensors(),
+            state=state,
+            provenance=run.provenance,
+            keep=keep,
         )
     run.engine.wait_for_everyone()
 

@@ -105,7 +105,7 @@ class Run:
         centre = replace(
             common, controller="coefficient", screen=0, k_coef=1e-4, lr=3e-3, weight_decay=1e-3, beta2=0.95,
             warmup=0.05,
-            init_bias=0.1, init_noise=1e-2, shrink=0.0,
+            init_bias=0.1, init_noise=1e-2,
         )  # fmt: skip
         return centre if self.way == "coefficient" else around(centre, self.draw)
 
