@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import devices
 import roofline
 import scaling
+import whole
 import work
 from measure import Line, machine
 
@@ -34,7 +36,7 @@ class Options:
 
 def bench_all(options: Options) -> None:
     """Run the sections, print, save."""
-    sections = work.SECTIONS | scaling.SECTIONS | roofline.SECTIONS
+    sections = work.SECTIONS | whole.SECTIONS | devices.SECTIONS | scaling.SECTIONS | roofline.SECTIONS
     chosen = options.only or tuple(sections)
     for name in chosen:
         if name not in sections:

@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,27 +77,45 @@ def in_turns(
         fast_setting: context in which `fast` runs; by default the automatic path with tuned allocation.
         more: fields of the line (`least`, `stretch`, `more`).
     """
+    ways = {name: (fast, more)}
+    return all_in_turns(reference, ways, turns=turns, warm=warm, inner=inner, fast_setting=fast_setting)[0]
+
+
+def all_in_turns(
+    reference: Callable[[], object],
+    ways: Mapping[str, tuple[Callable[[], object], dict[str, Any]]],
+    *,
+    turns: int = 5,
+    warm: int = 1,
+    inner: int = 1,
+    fast_setting: Callable[[], Any] | None = None,
+) -> list[Line]:
+    """As `in_turns` for several faster ways, each with the name and further fields of its line: one turn times all."""
     setting = fast_setting or (lambda: setting_of("auto", tuned=True))
-    seconds: list[tuple[float, float]] = []
+    seconds: list[list[float]] = []
     for turn in range(-warm, turns):
         with setting_of("plain", tuned=False):
-            slow = seconds_of(reference, inner)
+            taken = [seconds_of(reference, inner)]
         with setting():
-            quick = seconds_of(fast, inner)
+            taken += [seconds_of(fast, inner) for fast, _ in ways.values()]
         if turn >= 0:
-            seconds.append((slow, quick))
-    ratios = [slow / quick for slow, quick in seconds]
-    line = Line(
-        name=name,
-        reference=statistics.median(slow for slow, _ in seconds),
-        fast=statistics.median(quick for _, quick in seconds),
-        ratio=statistics.median(ratios),
-        spread=(min(ratios), max(ratios)),
-        turns=turns,
-        **more,
-    )
-    print(line.text(), flush=True)
-    return line
+            seconds.append(taken)
+    slow, *quick = zip(*seconds, strict=True)
+    lines = []
+    for (name, (_, more)), fast in zip(ways.items(), quick, strict=True):
+        ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+        line = Line(
+            name=name,
+            reference=statistics.median(slow),
+            fast=statistics.median(fast),
+            ratio=statistics.median(ratios),
+            spread=(min(ratios), max(ratios)),
+            turns=turns,
+            **more,
+        )
+        print(line.text(), flush=True)
+        lines.append(line)
+    return lines
 
 
 def seconds_of(work: Callable[[], object], inner: int) -> float:

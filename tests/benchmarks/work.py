@@ -1,19 +1,23 @@
 """The comparisons of `bench_all`: top-k, inference, mask learning, training steps, options of the plain path."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Line, in_turns, setting_of
+from measure import Line, all_in_turns, in_turns, setting_of
 
 from distill.circuits.answers import answer_difference, two_way_loss
 from distill.circuits.masks import MaskTap, NodeMasks
 from distill.circuits.subject import load_subject
 from distill.circuits.tasks import encode, load_task
-from distill.model import Architecture, SparseTransformer
+from distill.model import Architecture, SparseTransformer, operations
+from distill.model.kernels.candidates import sample_of
 from distill.model.topk import abs_topk
+from distill.training.candidates import CandidateConfig, CandidateTraining
 from distill.training.optim import gradient_norm, gradient_scale, make_optimizer, set_rate
 from distill.training.sparsity import automatic_floor, project_, sparse_parameters, unit_axis
 
@@ -36,8 +40,21 @@ def tokens(extra: int = 0, *, shape: tuple[int, int] = TOKENS) -> torch.Tensor:
     return torch.randint(VOCABULARY, (shape[0], shape[1] + extra), generator=torch.Generator().manual_seed(0))
 
 
-def training_step(width: int, layers: int, kept: float) -> Callable[[], None]:
-    """A whole step on a model of its own: loss, gradients, their scale, AdamW, projection with the default floor."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A model with its optimiser."""
+
+    step: Callable[[], None]
+    """One whole training step."""
+    held: Callable[[], int]
+    """Bytes of gradients, optimiser state and samples now."""
+
+
+def training_run(width: int, layers: int, kept: float, *, candidates: bool = False) -> TrainingRun:
+    """A whole step on a model of its own: loss, gradients, their scale, AdamW, projection with the default floor.
+
+    With `candidates` the first step is exact and chooses them, and the others are sampled.
+    """
     model = sparse_model(width, layers, kept)
     sparse = sparse_parameters(model)
     axes = {name: unit_axis(name) for name in sparse}
@@ -49,32 +66,59 @@ def training_step(width: int, layers: int, kept: float) -> Callable[[], None]:
     optimizer = make_optimizer(model, sparse, floors=floors)
     set_rate(optimizer, 1e-3, 1.0)
     numel = sum(parameter.numel() for parameter in model.parameters())
-    ids = tokens(1)
+    ids, done = tokens(1), itertools.count()
+    sampled = CandidateTraining(
+        sparse if candidates else {},
+        optimizer,
+        CandidateConfig(refresh=10**6, exact_last=0.0, below=1.0),
+        steps=10**6,
+        kept_after=lambda step: kept,
+        floors={name: floors.get(name, (0, None)) for name in sparse},
+    )
 
     def step() -> None:
+        sampled.begin(next(done))
         optimizer.zero_grad()
-        loss = F.cross_entropy(model.run(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        rms = float(gradient_norm(model.parameters())) / numel**0.5
-        optimizer.step(scale=gradient_scale(rms, "normalize"), fraction=kept)
+        operations.cross_entropy(model.run(ids[:, :-1]), ids[:, 1:]).backward()
+        squares = float(gradient_norm(model.parameters())) ** 2 + sampled.squares()
+        scale = gradient_scale((squares / numel) ** 0.5, "normalize")
+        optimizer.step(scale=scale, fraction=kept, without=sampled.parameters)
+        sampled.step(scale, kept)
 
-    return step
+    def held() -> int:
+        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        samples = [sample_of(p) for p in sampled.parameters]
+        indices = [index for s in samples if s is not None and (index := s.index) is not None]
+        beside = [t for s in samples if s is not None for t in (s.values, s.gradient, s.flat)]
+        beside += [t for index in indices for t in (index.start, index.at, index.panel_start)]
+        own = [t for name, t in sampled.tensors().items() if "exp_avg" in name]
+        return sum(t.numel() * t.element_size() for t in (*state, *grads, *beside, *own) if t is not None)
+
+    return TrainingRun(step=step, held=held)
+
+
+def training_step(width: int, layers: int, kept: float, *, candidates: bool = False) -> Callable[[], None]:
+    """The step of a `training_run`."""
+    return training_run(width, layers, kept, candidates=candidates).step
+
+
+STEPS = (((1024, 2, 0.01), (8, 15), (15, 25)), ((4096, 1, 0.004), (12, 20), (40, 60)))
+"""Width, layers and kept fraction; the ratio asked for and its stretch, exact and with candidates."""
 
 
 def steps(turns: int) -> list[Row]:
-    """Whole exact training steps of 2048 tokens."""
-    asked = (((1024, 2, 0.01), 8, 15), ((4096, 1, 0.004), 12, 20))
-    return [
-        in_turns(
-            f"whole exact training step, D={shape[0]}, L={shape[1]}, {shape[2]:.1%}",
-            training_step(*shape),
-            training_step(*shape),
-            turns=turns,
-            least=least,
-            stretch=stretch,
-        )
-        for shape, least, stretch in asked
-    ]
+    """Whole training steps of 2048 tokens, exact and with candidates between two choices of them."""
+    rows: list[Row] = []
+    for shape, exact, sampled in STEPS:
+        ways = {}
+        for candidates, (least, stretch) in ((False, exact), (True, sampled)):
+            how = "step with candidates" if candidates else "exact training step"
+            name = f"whole {how}, D={shape[0]}, L={shape[1]}, {shape[2]:.1%}"
+            ways[name] = training_step(*shape, candidates=candidates), {"least": least, "stretch": stretch}
+        # Candidates are chosen in the second step.
+        rows += all_in_turns(training_step(*shape), ways, turns=turns, warm=2)
+    return rows
 
 
 def optimiser(turns: int) -> list[Row]:
