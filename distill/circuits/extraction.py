@@ -74,10 +74,10 @@ class _Extraction:
     def __init__(self, model: Runnable, nodes: Mapping[str, Tensor], means: Means, edges: EdgeSet | None) -> None:
         self.model, self.means, self.edges = model, means, edges
         self.parts: Anatomy = anatomy(model)
-        if self.parts.residual:
+        if self.parts.obstacles:
             raise ValueError(
-                f"model: has {' and '.join(self.parts.residual)} on the residual stream, which mixes touched channels "
-                "with all others; only circuits of models whose sublayers add to the stream can stand alone"
+                f"model: has {' and '.join(self.parts.obstacles)}; a circuit can stand alone where nodes are joined by "
+                "weights alone, and sublayers add to the residual stream"
             )
         self.weights = model.matrices()
         weight = model.embedding()

@@ -57,7 +57,7 @@ class Judge:
         self.last = math.inf
         """The task loss that was judged last."""
         # One value per prompt has no constant to fold in; an activation on the residual stream mixes what is left out.
-        self.separable = config.ablation != "resample" and not anatomy(model).residual
+        self.separable = config.ablation != "resample" and not anatomy(model).obstacles
 
     def narrow(self, kept: Bool[Tensor, "groups"]) -> None:
         """From here on node sets within `kept` are run as a module of these nodes, where that is cheaper."""

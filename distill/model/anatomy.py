@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from distill.model.dense import DenseModel
+from distill.model.dense import DenseModel, norm_options
 from distill.model.run import Runnable
 from distill.model.sites import kind_of
 from distill.model.transformer import ACTIVATIONS, RESIDUAL_TOPK, Layer, Norm, SparseTransformer
@@ -69,8 +69,8 @@ class Anatomy:
     """Learned positions that are added to the embedding."""
     logits_bias: Float[Tensor, " V"] | None
     bigram: Float[Tensor, "V V"] | None
-    residual: tuple[str, ...] = ()
-    """What is done to the residual stream itself, in words; () where sublayers only add to it."""
+    obstacles: tuple[str, ...] = ()
+    """What the model does that these parts and its matrices do not tell, in words; a piece of it cannot stand alone."""
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -112,8 +112,9 @@ def _sparse(model: SparseTransformer) -> Anatomy:
                 scale=a.d_head**-0.5,
             )
         )
-    residual = () if a.residual_activation == "identity" else (a.residual_activation,)
-    residual += tuple(f"AbsTopK at {place}" for place in RESIDUAL_TOPK if a.kept(place, a.d_model) is not None)
+    residual = () if a.residual_activation == "identity" else (f"{a.residual_activation} on the residual stream",)
+    places = (place for place in RESIDUAL_TOPK if a.kept(place, a.d_model) is not None)
+    residual += tuple(f"AbsTopK on the residual stream ({place})" for place in places)
     bias = model.unembed.bias
     return Anatomy(
         layers=tuple(layers),
@@ -124,7 +125,7 @@ def _sparse(model: SparseTransformer) -> Anatomy:
         embed_positions=model.embed_positions.weight.detach() if a.position == "added" else None,
         logits_bias=None if bias is None else bias.detach(),
         bigram=None if model.bigram is None else model.bigram.detach(),
-        residual=residual,
+        obstacles=residual,
     )
 
 
@@ -134,12 +135,12 @@ def _dense(model: DenseModel) -> Anatomy:
     biases: dict[str, Tensor] = {}
     layers = []
     for i in range(model.n_layer):
-        for name, part in zip("qkv", model.bias(family.qkv, i).chunk(3), strict=True):
+        for name, part in zip("qkv", model.qkv(i, model.bias), strict=True):
             biases[f"{i}.attn.{name}"] = part
         biases[f"{i}.attn.resid_delta"] = model.bias(family.attn_out, i)
         biases[f"{i}.mlp.post_act"] = model.bias(family.mlp_in, i)
         biases[f"{i}.mlp.resid_delta"] = model.bias(family.mlp_out, i)
-        scale = model.part(family.attn, i).scaling
+        scale = getattr(model.part(family.attn, i), "scaling", 1.0)  # GPT-Neo does not scale
         assert isinstance(scale, float), scale
         layers.append(
             LayerParts(
@@ -158,10 +159,11 @@ def _dense(model: DenseModel) -> Anatomy:
         final_norm=_norm(model.part(family.final_norm)),
         biases=biases,
         kept=dict.fromkeys(model.widths),
-        activation=model.config.activation_function,
+        activation=getattr(model.config, family.activation),
         embed_positions=None if positions is None else model.part(positions).get_parameter("weight").detach(),
         logits_bias=getattr(model.part(family.unembed), "bias", None),
         bigram=None,
+        obstacles=model.obstacles,
     )
 
 
@@ -170,10 +172,8 @@ def _bias(linear: nn.Linear) -> Tensor:
 
 
 def _norm(norm: nn.Module) -> NormParts:
-    assert isinstance(norm, Norm | nn.LayerNorm), norm
-    return NormParts(
-        gain=norm.weight.detach(),
-        bias=None if norm.bias is None else norm.bias.detach(),
-        center=norm.center if isinstance(norm, Norm) else True,
-        eps=norm.eps,
-    )
+    if isinstance(norm, Norm):
+        gain, bias, center, eps = norm.weight, norm.bias, norm.center, norm.eps
+    else:
+        gain, bias, center, eps = norm_options(norm)
+    return NormParts(gain=gain.detach(), bias=None if bias is None else bias.detach(), center=center, eps=eps)

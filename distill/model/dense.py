@@ -5,9 +5,8 @@ families, because the blocks of transformers add to the residual stream inside, 
 map of names.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, G
 from transformers.masking_utils import create_causal_mask
 
 from distill.model import operations as ops
+from distill.model.families import FAMILIES, PARALLEL
 from distill.model.run import Context, Runnable
 from distill.model.sites import Tap, layer_of, node_locations, wants
 from distill.model.transformer import Architecture
@@ -57,68 +57,6 @@ def _tapped_attention(
 AttentionInterface.register(TAPPED, _tapped_attention)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Where the parts of an architecture are found: names of modules, from the model or from a block."""
-
-    embed_tokens: str
-    embed_positions: str | None
-    blocks: str
-    final_norm: str
-    unembed: str
-    attn_norm: str
-    attn: str
-    qkv: str
-    """One linear map whose output is q, k and v, in this order."""
-    attn_out: str
-    mlp_norm: str
-    mlp: str
-    mlp_in: str
-    act: str
-    mlp_out: str
-    decisive: tuple[str, ...]
-    """Fields of the configuration that decide what is computed."""
-    transposed: bool
-    """Whether linear weights are stored (in, out), as by Conv1D."""
-
-
-FAMILIES: Mapping[str, Family] = {
-    "gpt2": Family(
-        embed_tokens="transformer.wte",
-        embed_positions="transformer.wpe",
-        blocks="transformer.h",
-        final_norm="transformer.ln_f",
-        unembed="lm_head",
-        attn_norm="ln_1",
-        attn="attn",
-        qkv="attn.c_attn",
-        attn_out="attn.c_proj",
-        mlp_norm="ln_2",
-        mlp="mlp",
-        mlp_in="mlp.c_fc",
-        act="mlp.act",
-        mlp_out="mlp.c_proj",
-        decisive=(
-            "model_type",
-            "vocab_size",
-            "n_positions",
-            "n_embd",
-            "n_layer",
-            "n_head",
-            "n_inner",
-            "activation_function",
-            "layer_norm_epsilon",
-            "scale_attn_weights",
-            "scale_attn_by_inverse_layer_idx",
-            "reorder_and_upcast_attn",
-            "tie_word_embeddings",
-        ),
-        transposed=True,
-    ),
-}
-"""Families that can be wrapped, by transformers' `model_type`."""
-
-
 class DenseModel(Runnable):
     """A pretrained dense model that is read, replaced, stopped and started like a sparse one.
 
@@ -129,16 +67,20 @@ class DenseModel(Runnable):
         super().__init__()
         config = model.config
         if config.model_type not in FAMILIES:
+            why = ", whose attention and MLP read the residual stream side by side: there is no site between them,"
             raise ValueError(
-                f"model: the architecture {config.model_type!r} cannot be wrapped; allowed are {', '.join(FAMILIES)}"
+                f"model: the architecture {config.model_type!r}{why if config.model_type in PARALLEL else ''} "
+                f"cannot be wrapped; allowed are {', '.join(FAMILIES)}"
             )
         if getattr(config, "add_cross_attention", False):
             raise ValueError("model: add_cross_attention=True; only decoders without cross-attention can be wrapped")
         self.hf = model
         self.family = FAMILIES[config.model_type]
-        self.n_layer, self.d_model, self.n_head = config.n_layer, config.n_embd, config.n_head
-        self.vocab_size, self.context = config.vocab_size, config.n_positions
-        self.d_head = self.d_model // self.n_head
+        # Names that transformers gives every family, whatever its configuration calls them.
+        self.n_layer, self.d_model = config.num_hidden_layers, config.hidden_size
+        self.n_head, self.d_head = config.num_attention_heads, _head_width(config)
+        self.n_group = self.n_head // (getattr(config, "num_key_value_heads", None) or self.n_head)
+        self.vocab_size, self.context = config.vocab_size, config.max_position_embeddings
         self.has_positions = self.family.embed_positions is not None
         # Else a later `train(self.training)` would switch the dropout of a model in evaluation mode on.
         self.train(model.training)
@@ -196,31 +138,51 @@ class DenseModel(Runnable):
             return weight.new_zeros(weight.shape[0])
         return found.detach()
 
+    def qkv(self, layer: int, part: Callable[[str, int], Tensor]) -> Sequence[Tensor]:
+        """What `part` (a function of name and layer) gives for q, k and v, however they are stored."""
+        names = self.family.qkv
+        return part(names, layer).chunk(3) if isinstance(names, str) else [part(name, layer) for name in names]
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """What this family does that cannot be told by weights between nodes and biases, in words."""
+        found = {"rotary positions": self.family.rotary, "a gated MLP": self.family.mlp_gate}
+        found["attention to a window"] = "local" in getattr(self.config, "attention_layers", ())
+        return tuple(words for words, there in found.items() if there)
+
     @property
     def widths(self) -> dict[str, int]:
-        neurons = self._weight(self.family.mlp_in, 0).shape[0]
+        values = self.n_head // self.n_group * self.d_head
+        of = {"q": self.n_head * self.d_head, "k": values, "v": values}
+        of["post_act"] = self._weight(self.family.mlp_in, 0).shape[0]
         return {
-            location: neurons if location.endswith("post_act") else self.d_model
-            for location in node_locations(self.n_layer)
+            location: of.get(location.rpartition(".")[2], self.d_model) for location in node_locations(self.n_layer)
         }
 
     def embed(
         self, tokens: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
         x = self.part(self.family.embed_tokens)(tokens)
+        if self.family.embed_positions is None:
+            return x
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return x + self.part(self.family.embed_positions)(position_ids)
 
     def prepare(self, x: Float[Tensor, "B T D"], context: Context) -> Any:
         # position_ids must not be passed where they only count up: transformers would look for packed sequences.
-        return create_causal_mask(
+        mask = create_causal_mask(
             config=self.hf.config,
             inputs_embeds=x,
             attention_mask=context.attention_mask,
             past_key_values=context.cache,
             position_ids=context.position_ids,
         )
+        shared = {"attention_mask": mask, self.family.cache: context.cache}
+        if self.family.rotary is None:
+            return shared
+        turns = self.part(self.family.rotary)(x, position_ids=context.position_ids)
+        return shared | {"position_embeddings": turns}
 
     def sublayer(
         self, site: str, x: Float[Tensor, "B T D"], context: Context, tap: Tap | None
@@ -236,7 +198,7 @@ class DenseModel(Runnable):
             if attention:
                 part = self.part(self.family.attn, i)
                 with self._pattern_tapped(i, tap) as options:
-                    delta = part(read, past_key_values=context.cache, attention_mask=context.prepared, **options)[0]
+                    delta = part(read, **context.prepared, **options)[0]
             else:
                 delta = self.part(self.family.mlp, i)(read)
         if tap is not None:
@@ -250,9 +212,16 @@ class DenseModel(Runnable):
             yield
             return
         with ExitStack() as stack:
-            part = self.part(self.family.qkv if attention else self.family.act, i)
-            hook = partial(_tap_qkv, i, tap) if attention else partial(_tap_neurons, i, tap)
-            stack.callback(part.register_forward_hook(hook).remove)
+            if not attention:
+                part = self.part(self.family.mlp_out, i)
+                stack.callback(part.register_forward_pre_hook(partial(_tap_neurons, i, tap)).remove)
+            elif isinstance(self.family.qkv, str):
+                part = self.part(self.family.qkv, i)
+                stack.callback(part.register_forward_hook(partial(_tap_qkv, i, tap)).remove)
+            else:
+                for name, path in zip("qkv", self.family.qkv, strict=True):
+                    part = self.part(path, i)
+                    stack.callback(part.register_forward_hook(partial(_tap_one, f"{i}.attn.{name}", tap)).remove)
             yield
 
     @contextmanager
@@ -260,6 +229,15 @@ class DenseModel(Runnable):
         """What the attention module has to be given for the tap to see its pattern, for the length of one call."""
         if tap is None or not wants(tap, "pattern"):
             yield {}
+            return
+        if self.family.pattern is not None:
+            handle = self.part(self.family.pattern, i).register_forward_hook(
+                partial(_tap_one, f"{i}.attn.pattern", tap)
+            )
+            try:
+                yield {}
+            finally:
+                handle.remove()
             return
         usual = self.hf.config._attn_implementation
         self.hf.config._attn_implementation = TAPPED
@@ -271,9 +249,9 @@ class DenseModel(Runnable):
     def _norm(self, norm: nn.Module, x: Tensor, name: str, tap: Tap | None) -> Tensor:
         if tap is None or not wants(tap, "norm_scale"):
             return norm(x)
-        assert isinstance(norm, nn.LayerNorm), norm
-        scale = tap(f"{name}.norm_scale", ops.norm_scale(x, center=True, eps=norm.eps))
-        return ops.scaled(x, scale, norm.weight, norm.bias, center=True)
+        gain, bias, center, eps = norm_options(norm)
+        scale = tap(f"{name}.norm_scale", ops.norm_scale(x, center=center, eps=eps))
+        return ops.scaled(x, scale, gain, bias, center=center)
 
     def readout(
         self, residual: Float[Tensor, "*rows D"], tokens: Int[Tensor, "*rows"], *, tap: Tap | None = None
@@ -282,11 +260,16 @@ class DenseModel(Runnable):
         return self.part(self.family.unembed)(final)
 
     def matrices(self) -> dict[tuple[str, str], Float[Tensor, "n_target n_source"]]:
+        """As in `Runnable`. Of a gated MLP the map that is multiplied by the gate; where heads share their values the
+        sum over these heads' writes: what joins is right, and a weight is that of a mean pattern."""
         found: dict[tuple[str, str], Tensor] = {}
         for i in range(self.n_layer):
-            for name, weight in zip("qkv", self._weight(self.family.qkv, i).chunk(3), strict=True):
+            for name, weight in zip("qkv", self.qkv(i, self._weight), strict=True):
                 found[f"{i}.attn.act_in", f"{i}.attn.{name}"] = weight
-            found[f"{i}.attn.v", f"{i}.attn.resid_delta"] = self._weight(self.family.attn_out, i)
+            write = self._weight(self.family.attn_out, i)
+            if self.n_group > 1:
+                write = write.unflatten(1, (-1, self.n_group, self.d_head)).sum(2).flatten(1)
+            found[f"{i}.attn.v", f"{i}.attn.resid_delta"] = write
             found[f"{i}.mlp.act_in", f"{i}.mlp.post_act"] = self._weight(self.family.mlp_in, i)
             found[f"{i}.mlp.post_act", f"{i}.mlp.resid_delta"] = self._weight(self.family.mlp_out, i)
         return found
@@ -310,5 +293,21 @@ def _tap_qkv(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -
     return torch.cat([tap(f"{i}.attn.{name}", part) for name, part in zip("qkv", parts, strict=True)], -1)
 
 
-def _tap_neurons(i: int, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return tap(f"{i}.mlp.post_act", output)
+def _tap_one(name: str, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return tap(name, output)
+
+
+def _tap_neurons(i: int, tap: Tap, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return tap(f"{i}.mlp.post_act", inputs[0])
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def norm_options(norm: nn.Module) -> tuple[Tensor, Tensor | None, bool, float]:
+    """Gain, bias, whether it centres, and epsilon of a LayerNorm or of one of transformers' RMSNorms."""
+    if isinstance(norm, nn.LayerNorm):
+        return norm.weight, norm.bias, True, norm.eps
+    assert hasattr(norm, "variance_epsilon"), norm
+    return norm.get_parameter("weight"), None, False, float(norm.variance_epsilon)

@@ -73,7 +73,7 @@ def lines() -> list[Line]:
     found = [Line(group="exact", name="exact", candidates=None), Line(group="base", name="base", candidates=BASE)]
     few = {"factor": 1, "refresh": 50}
     changes: dict[str, dict[str, Any]] = {
-        "factor": {f"factor {f}": {"factor": f} for f in (0, 1, 7)},
+        "factor": {f"factor {f}": {"factor": f} for f in (0, 1, 2, 7)},
         "refresh": {f"R {r}": {"refresh": r} for r in (10, 25, 50)},
         "window": {"W 10": {"window": 10}},
         "choice": {"by update": {"choice": "update"}, "random": {"choice": "random"}},

@@ -220,7 +220,7 @@ def test_saved_and_loaded_it_gives_the_same(tmp_path):
 def test_what_cannot_stand_alone_is_refused_in_words():
     for changes, words_of in (
         ({"residual_activation": "relu"}, "relu on the residual stream"),
-        ({"topk_at": ("resid_post_mlp",)}, "AbsTopK at resid_post_mlp on the residual stream"),
+        ({"topk_at": ("resid_post_mlp",)}, "AbsTopK on the residual stream \\(resid_post_mlp\\)"),
     ):
         model = sparse(**changes)
         with pytest.raises(ValueError, match=words_of):

@@ -70,7 +70,7 @@ def test_norms_are_those_of_the_reads(model):
 def test_what_only_some_models_have():
     parts = anatomy(sparse(topk_fraction=0.25, topk_at=("attn.q", "resid_post_mlp"), residual_activation="relu"))
     assert parts.kept["0.attn.q"] == 2 and parts.kept["1.mlp.post_act"] is None
-    assert parts.residual == ("relu", "AbsTopK at resid_post_mlp")
+    assert parts.obstacles == ("relu on the residual stream", "AbsTopK on the residual stream (resid_post_mlp)")
     assert parts.layers[0].sink is not None and parts.bigram is not None and parts.embed_positions is None
     assert parts.layers[0].scale == 0.5 and parts.layers[0].positions == {}
     parts = anatomy(sparse(position="concat", d_position=3, sink=False, bigram=False, logits_bias=True))

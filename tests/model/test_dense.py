@@ -1,20 +1,63 @@
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from distill.model import DenseModel, Record, Replace, load_model, load_tokenizer, residual_sites
+from distill.model.anatomy import activation
 
 SORT = Path(__file__).parents[3] / "shared" / "checkpoints" / "gpt-nano-sort"
 
 
+SPECIAL: dict[str, Any] = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 0}
+CONFIGS = {
+    "gpt2": GPT2Config(n_layer=2, n_embd=12, n_head=3, n_positions=16, **SPECIAL),
+    "gpt_neo": GPTNeoConfig(
+        hidden_size=12, num_layers=2, num_heads=3, attention_types=[[["global", "local"], 1]], window_size=4,
+        max_position_embeddings=16, **SPECIAL,
+    ),
+    "llama": LlamaConfig(
+        hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=4, max_position_embeddings=16, attention_bias=True, **SPECIAL,
+    ),
+}  # fmt: skip
+
+
+def build(family: str) -> PreTrainedModel:
+    """A small random model, gains and biases not those of a fresh one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def hf(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model of every family."""
+    return build(request.param)
+
+
 @pytest.fixture(scope="module")
 def gpt2() -> Iterator[GPT2LMHeadModel]:
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_embd=12, n_head=3, vocab_size=31, n_positions=16, bos_token_id=0, eos_token_id=0)
-    yield GPT2LMHeadModel(config).eval().requires_grad_(False)
+    model = build("gpt2")
+    assert isinstance(model, GPT2LMHeadModel)
+    yield model
 
 
 @pytest.fixture(scope="module")
@@ -22,36 +65,36 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
-def test_logits_are_those_of_transformers_bit_for_bit(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
-    model = DenseModel(gpt2)
-    assert torch.equal(model.run(tokens), gpt2(tokens).logits)
+def test_logits_are_those_of_transformers_bit_for_bit(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
+    model = DenseModel(hf)
+    assert torch.equal(model.run(tokens), hf(tokens).logits)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
-    assert torch.equal(model.run(tokens, attention_mask=mask), gpt2(tokens, attention_mask=mask).logits)
-    assert torch.equal(model.run(tokens, tap=Record()), gpt2(tokens).logits)
+    assert torch.equal(model.run(tokens, attention_mask=mask), hf(tokens, attention_mask=mask).logits)
+    assert torch.equal(model.run(tokens, tap=Record()), hf(tokens).logits)
 
 
 def test_the_wrapper_is_in_the_mode_of_what_it_wraps(gpt2: GPT2LMHeadModel) -> None:
     assert not DenseModel(gpt2).training
 
 
-def test_stop_then_start_equals_the_whole_run(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
-    model = DenseModel(gpt2)
+def test_stop_then_start_equals_the_whole_run(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
+    model = DenseModel(hf)
     whole = model.run(tokens)
     for site in residual_sites(2):
         residual = model.run(tokens, stop=site)
         assert torch.equal(model.run(tokens, start=site, residual=residual), whole)
 
 
-def test_residual_sites_are_the_hidden_states(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
+def test_residual_sites_are_the_hidden_states(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
     record = Record()
-    DenseModel(gpt2).run(tokens, tap=record)
-    hidden = gpt2(tokens, output_hidden_states=True).hidden_states
+    DenseModel(hf).run(tokens, tap=record)
+    hidden = hf(tokens, output_hidden_states=True).hidden_states
     assert torch.equal(record.values["0.resid_in"], hidden[0])
     assert torch.equal(record.values["1.resid_in"], hidden[1])
 
 
-def test_every_location_can_be_read_and_written(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
-    model, record = DenseModel(gpt2), Record()
+def test_every_location_can_be_read_and_written(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
+    model, record = DenseModel(hf), Record()
     whole = model.run(tokens, tap=record)
     assert {name: record.values[name].shape[-1] for name in model.widths} == model.widths
     assert torch.equal(model.run(tokens, tap=Replace(record.values)), whole)
@@ -61,20 +104,40 @@ def test_every_location_can_be_read_and_written(gpt2: GPT2LMHeadModel, tokens: t
     assert torch.equal(model.run(tokens), whole)
 
 
-def test_matrices_map_what_is_read_to_what_is_written(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
-    model, record = DenseModel(gpt2), Record()
+def test_matrices_map_what_is_read_to_what_is_written(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
+    model, record = DenseModel(hf), Record()
     model.run(tokens, tap=record)
     values, matrices = record.values, model.matrices()
+    for (source, target), weight in matrices.items():
+        assert weight.shape == (model.widths[target], model.widths[source])
     for name in ("q", "k", "v"):
-        weight = matrices["1.attn.act_in", f"1.attn.{name}"]
-        torch.testing.assert_close(values["1.attn.act_in"] @ weight.T, values[f"1.attn.{name}"])
-    weight = matrices["1.mlp.post_act", "1.mlp.resid_delta"]
-    torch.testing.assert_close(values["1.mlp.post_act"] @ weight.T, values["1.mlp.resid_delta"])
-    assert matrices["0.attn.v", "0.attn.resid_delta"].shape == (12, 12)
-    assert matrices["0.mlp.act_in", "0.mlp.post_act"].shape == (48, 12)
+        made = values["1.attn.act_in"] @ matrices["1.attn.act_in", f"1.attn.{name}"].T
+        expected = values[f"1.attn.{name}"] - model.qkv(1, model.bias)["qkv".index(name)]
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    made = values["1.mlp.post_act"] @ matrices["1.mlp.post_act", "1.mlp.resid_delta"].T
+    expected = values["1.mlp.resid_delta"] - model.bias(model.family.mlp_out, 1)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    read, up, gate = (values["0.mlp.act_in"], matrices["0.mlp.act_in", "0.mlp.post_act"], model.family.mlp_gate)
+    neurons = read @ up.T + model.bias(model.family.mlp_in, 0)
+    act = activation(getattr(model.config, model.family.activation))
+    neurons = act(neurons) if gate is None else neurons * act(read @ model.part(gate, 0).get_parameter("weight").T)
+    torch.testing.assert_close(values["0.mlp.post_act"], neurons, rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_norms_freeze_the_scale_and_not_the_centring(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
+def test_values_shared_by_heads_are_joined_to_what_any_of_these_writes(tokens: torch.Tensor) -> None:
+    model = DenseModel(build("llama"))
+    write = model.part("self_attn.o_proj", 0).get_parameter("weight")
+    # Two key-value heads of three heads each; the first value head serves heads 0 to 2.
+    expected = write[:, 0:4] + write[:, 4:8] + write[:, 8:12]
+    torch.testing.assert_close(model.matrices()["0.attn.v", "0.attn.resid_delta"][:, :4], expected)
+    record = Record()
+    model.run(tokens, tap=record)
+    # At the first token every head looks at that token alone.
+    made = record.values["0.attn.v"][:, 0] @ model.matrices()["0.attn.v", "0.attn.resid_delta"].T
+    torch.testing.assert_close(made + model.bias("self_attn.o_proj", 0), record.values["0.attn.resid_delta"][:, 0])
+
+
+def test_frozen_norms_freeze_the_scale_and_not_the_centring(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
     class Frozen:
         wants = frozenset({"norm_scale"})
 
@@ -84,18 +147,19 @@ def test_frozen_norms_freeze_the_scale_and_not_the_centring(gpt2: GPT2LMHeadMode
         def __call__(self, site: str, x: torch.Tensor, /) -> torch.Tensor:
             return self.scales.setdefault(site, x) if site.endswith("norm_scale") else x
 
-    model, tap = DenseModel(gpt2), Frozen()
+    model, tap = DenseModel(hf), Frozen()
     torch.testing.assert_close(model.run(tokens, tap=tap), model.run(tokens))
     assert len(tap.scales) == 5
     residual = model.run(tokens, stop="final_resid")
     frozen = model.readout(3 * residual, tokens, tap=tap)
-    bias = model.hf.transformer.ln_f.bias @ model.unembedding().T
+    bias = getattr(model.part(model.family.final_norm), "bias", None)
+    bias = 0 if bias is None else bias @ model.unembedding().T
     torch.testing.assert_close(frozen - bias, 3 * (model.readout(residual, tokens) - bias), rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_gives_the_same(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
-    model = DenseModel(gpt2)
-    cache = DynamicCache(config=gpt2.config)
+def test_a_cache_gives_the_same(hf: PreTrainedModel, tokens: torch.Tensor) -> None:
+    model = DenseModel(hf)
+    cache = DynamicCache(config=hf.config)
     first = model.run(tokens[:, :5], past_key_values=cache)
     rest = model.run(tokens[:, 5:], past_key_values=cache)
     torch.testing.assert_close(torch.cat([first, rest], 1), model.run(tokens))
@@ -107,18 +171,18 @@ class Pattern(Record):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_patterns_are_those_of_transformers_and_can_be_replaced(
-    gpt2: GPT2LMHeadModel, tokens: torch.Tensor, padded: bool
+    hf: PreTrainedModel, tokens: torch.Tensor, padded: bool
 ) -> None:
     mask = torch.ones_like(tokens)
     mask[0, :2] = 1 - int(padded)
-    model, tap = DenseModel(gpt2), Pattern(["0.attn.pattern", "1.attn.pattern"])
+    model, tap = DenseModel(hf), Pattern(["0.attn.pattern", "1.attn.pattern"])
     torch.testing.assert_close(
         model.run(tokens, tap=tap, attention_mask=mask)[:, 2:], model.run(tokens, attention_mask=mask)[:, 2:]
     )
-    usual = gpt2.config._attn_implementation
-    gpt2.set_attn_implementation("eager")
-    expected = gpt2(tokens, attention_mask=mask, output_attentions=True).attentions
-    gpt2.set_attn_implementation(str(usual))
+    usual = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")
+    expected = hf(tokens, attention_mask=mask, output_attentions=True).attentions
+    hf.set_attn_implementation(str(usual))
     for i in range(2):
         torch.testing.assert_close(tap.values[f"{i}.attn.pattern"][:, :, 2:], expected[i][:, :, 2:])
     looking_at_itself = {"0.attn.pattern": torch.eye(9)}
@@ -126,7 +190,7 @@ def test_patterns_are_those_of_transformers_and_can_be_replaced(
     alone = torch.stack([model.run(tokens[:, t : t + 1], position_ids=torch.full((2, 1), t), stop="0.resid_mid")[:, 0]
                          for t in range(9)], 1)  # fmt: skip
     torch.testing.assert_close(replaced, alone)
-    assert gpt2.config._attn_implementation == usual
+    assert hf.config._attn_implementation == usual
 
 
 class Patterned(Replace):
@@ -135,8 +199,17 @@ class Patterned(Replace):
 
 def test_what_cannot_be_wrapped_is_refused_in_words() -> None:
     config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, is_decoder=True)
-    with pytest.raises(ValueError, match="'bert' cannot be wrapped; allowed are gpt2"):
+    with pytest.raises(ValueError, match="'bert' cannot be wrapped; allowed are gpt2, gpt_neo, llama"):
         DenseModel(BertLMHeadModel(config))
+    neox = GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, **SPECIAL)
+    with pytest.raises(ValueError, match="'gpt_neox', whose attention and MLP read the residual stream side by side"):
+        DenseModel(GPTNeoXForCausalLM(neox))
+
+
+def test_what_weights_do_not_tell_is_named() -> None:
+    assert DenseModel(build("gpt2")).obstacles == ()
+    assert DenseModel(build("gpt_neo")).obstacles == ("attention to a window",)
+    assert DenseModel(build("llama")).obstacles == ("rotary positions", "a gated MLP")
 
 
 @pytest.mark.skipif(not SORT.is_dir(), reason="the checkpoint gpt-nano-sort is not beside the project")

@@ -45,7 +45,7 @@ class Runs:
         """Edges that were pruned between nodes of the circuit."""
         self._kept: dict[tuple[str, int, int], tuple[TaskBatch, Tensor]] = {}
         # One value per prompt has no constant to fold in; an activation on the residual stream mixes what is left out.
-        self._separable = not isinstance(self.means, Resampled) and not anatomy(model).residual
+        self._separable = not isinstance(self.means, Resampled) and not anatomy(model).obstacles
         self._modules: dict[int, tuple[TaskBatch, Standalone]] = {}
         self._parts: dict[tuple[int, int], tuple[TaskBatch, TaskBatch]] = {}
 
