@@ -44,16 +44,30 @@ def load_lineup(
         raise ValueError(f"dense: {dense} has another tokenizer than {sparse}; losses per token cannot be compared")
     if bridge == NO_BRIDGE:
         return Lineup(subjects=subjects, bridges=None)
-    folder = SHIPPED / bridge if (SHIPPED / bridge).is_dir() and not Path(bridge).is_dir() else Path(bridge)
-    if not (folder / MODEL).is_dir() or not (folder / DENSE).is_file():
-        raise ValueError(f"bridge: {bridge} holds no student; allowed are folders by fit_bridges, or {NO_BRIDGE}")
+    teacher, student, bridges = load_pair(bridge, corpus=corpus, device=device)
+    return Lineup(subjects=[*subjects, teacher, student], bridges=bridges)
+
+
+def load_pair(bridge: str, *, corpus: Sequence[str] = (), device: str = "cpu") -> tuple[Subject, Subject, Bridges]:
+    """A dense model, its student, and the bridges between them, by the folder or short name of the student.
+
+    ValueError for what cannot be loaded, and bridges of another dense model.
+    """
+    folder = bridge_folder(bridge)
     _, bridges, info = load_bridged(folder)
     student = load_subject(folder / MODEL, name=STUDENT, corpus=corpus, device=device)
     # A dense model that somebody else trained brings no text; the student's is of the same tokenizer.
     teacher = load_subject(info.source, name=TEACHER, sample=student.sample, device=device)
     info.dense.check(teacher.model, info.dense.name)
-    model = bridges.to(next(student.model.parameters()).device)
-    return Lineup(subjects=[*subjects, teacher, student], bridges=model)
+    return teacher, student, bridges.to(next(student.model.parameters()).device)
+
+
+def bridge_folder(bridge: str) -> Path:
+    """The folder of a student with bridges: itself, or a shipped one by its short name. ValueError for any other."""
+    folder = SHIPPED / bridge if (SHIPPED / bridge).is_dir() and not Path(bridge).is_dir() else Path(bridge)
+    if not (folder / MODEL).is_dir() or not (folder / DENSE).is_file():
+        raise ValueError(f"bridge: {bridge} holds no student; allowed are folders by fit_bridges, or {NO_BRIDGE}")
+    return folder
 
 
 def ship_bridged(folder: Path, out: Path) -> Path:
