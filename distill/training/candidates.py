@@ -40,7 +40,7 @@ Floor = tuple[int, int | None]
 class CandidateConfig:
     """Which entries are trained beside those that are kept, and when; every value is checked when it is made."""
 
-    factor: float = 3.0
+    factor: float = 2.0
     """Candidates per kept entry, 0 or more."""
     refresh: int = 100
     """Steps from one choice of candidates to the next."""
@@ -52,7 +52,7 @@ class CandidateConfig:
     newcomers: Newcomers = "window"
     """Moments of entries that were no candidates before: those gathered in the window, zero, or a first moment of zero
     with the mean second moment of the kept entries."""
-    exact_last: float = 0.25
+    exact_last: float = 0.0
     """Share of the steps, at the end, that are exact, in [0, 1]."""
     below: float = 0.1
     """Kept fraction from which on steps are sampled; while more is kept they are exact. Above 0, up to 1."""

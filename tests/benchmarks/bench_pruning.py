@@ -105,7 +105,7 @@ class Run:
         centre = replace(
             common, controller="coefficient", screen=0, k_coef=1e-4, lr=3e-3, weight_decay=1e-3, beta2=0.95,
             warmup=0.05,
-            init_bias=0.1, init_noise=1e-2,
+            init_bias=0.1, init_noise=1e-2, shrink=0.0,
         )  # fmt: skip
         return centre if self.way == "coefficient" else around(centre, self.draw)
 
@@ -130,9 +130,9 @@ def around(centre: PruneConfig, draw: int) -> PruneConfig:
     )
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def subject_of(name: str) -> Subject:
-    """A model; a process keeps its last one."""
+    """A model; each process loads it once."""
     return load_subject(name)
 
 
@@ -200,6 +200,9 @@ def cleaned(search: Search, test: Judge, target: float, goal: float, path: list[
     every: list[torch.Tensor] = []
     for tighter in TIGHTER:
         way = path if tighter == 1 else clean(search, tighter * goal)
+        # Where most of the model is left nothing was found, and further goals would cost minutes.
+        if way and int(search.masks.count[way[-1]].sum()) > search.total // 2:
+            break
         for looser in LOOSER[1:]:
             if way and test.task_alone(way[-1]) <= target:
                 way = way + search.clean_up(way[-1], Goal(task=tighter * looser * goal))
@@ -218,16 +221,17 @@ def size(search: Search, test: Judge, kept: torch.Tensor) -> dict[str, Any]:
 
 
 def runs_of(options: Options) -> list[Run]:
-    """All runs, those of one model together."""
+    """All runs; first those that need but one, then one draw of the search after the other."""
     targets = {task: target_of(task, options) for task in options.tasks}
     draws = {way: options.draws if way == "search" else 1 for way in options.ways}
-    return [
+    runs = [
         Run(model=model, task=task, way=way, draw=draw, target=targets[task], options=options)
         for model in options.models
         for task in options.tasks
         for way in options.ways
         for draw in range(draws[way])
     ]
+    return sorted(runs, key=lambda run: (run.way == "search", run.draw))
 
 
 def table(runs: Sequence[Run], found: dict[str, dict[str, Any]]) -> list[str]:

@@ -30,7 +30,7 @@ from distill.training.candidates import CandidateConfig, CandidateTraining
 from distill.training.optim import gradient_norm, gradient_scale, set_rate
 from distill.training.sparsity import automatic_floor, unit_axis
 
-BASE = CandidateConfig(factor=3, refresh=100, window=1, choice="gradient", newcomers="window", exact_last=0, below=0.1)
+BASE = CandidateConfig(factor=3)
 HELDOUT_WINDOWS = 256
 
 
