@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.artifact import ArtifactError, load_tensors, save_tensors
+from distill.model.operations import linear, linear_topk
 from distill.model.sites import residual_sites, site_index
-from distill.model.topk import abs_topk
 
 FILE = "bridges.safetensors"
 _KIND = "bridges"
@@ -79,12 +79,13 @@ class Bridges(nn.Module):
     def encode(self, site: str, h_d: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows S"]:
         """f_i: the student's residual stream at `site` as told by the dense one, `k` channels of it non-zero."""
         encoder = self.encoder(site)
-        return abs_topk(encoder(h_d.to(encoder.weight.dtype)), self.shape.k)
+        keep = None if self.shape.k == self.shape.d_sparse else self.shape.k
+        return linear_topk(h_d.to(encoder.weight.dtype), [(encoder.weight, encoder.bias)], keep=[keep])[0]
 
     def decode(self, site: str, h_s: Float[Tensor, "*rows S"]) -> Float[Tensor, "*rows D"]:
         """g_i: the dense residual stream at `site` as told by the student's."""
         decoder = self.decoder(site)
-        return decoder(h_s.to(decoder.weight.dtype))
+        return linear(h_s.to(decoder.weight.dtype), decoder.weight, decoder.bias)
 
     def decoder_matrix(self, site: str) -> Float[Tensor, "D S"]:
         """G_i, the linear part of g_i, detached: column c is what one unit of channel c adds to the dense stream."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import bridge_cost
 import devices
 import roofline
 import scaling
@@ -36,7 +37,9 @@ class Options:
 
 def bench_all(options: Options) -> None:
     """Run the sections, print, save."""
-    sections = work.SECTIONS | whole.SECTIONS | devices.SECTIONS | scaling.SECTIONS | roofline.SECTIONS
+    sections = (
+        work.SECTIONS | whole.SECTIONS | bridge_cost.SECTIONS | devices.SECTIONS | scaling.SECTIONS | roofline.SECTIONS
+    )
     chosen = options.only or tuple(sections)
     for name in chosen:
         if name not in sections:
