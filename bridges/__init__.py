@@ -1,7 +1,9 @@
 """Two models at a time: students, bridges, and circuits compared across them."""
 
+from bridges.agreement import agreements
 from bridges.baselines import bigram_loss, least_squares_bridges, mean_bridges
-from bridges.compare import CompareConfig, Comparison, compare
+from bridges.compare import CompareConfig, Comparison, compare, known_circuits
+from bridges.crossing import add_crossings
 from bridges.fit import PRESETS, Fit, StudentConfig, fit_bridges, line_of
 from bridges.folder import BridgedInfo, BridgeMismatchError, DenseRecord, load_bridged, save_bridged
 from bridges.hybrid import dense_to_sparse, hybrid, random_passes, sparse_to_dense
@@ -38,7 +40,9 @@ __all__ = [
     "ResidualMeans",
     "StudentConfig",
     "SubspaceTest",
+    "add_crossings",
     "add_subspaces",
+    "agreements",
     "bigram_loss",
     "bridge_metrics",
     "bridged_subspace",
@@ -48,6 +52,7 @@ __all__ = [
     "fit_bridges",
     "hybrid",
     "kl",
+    "known_circuits",
     "least_squares_bridges",
     "line_of",
     "live_channels",

@@ -18,14 +18,17 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
+from bridges.agreement import agreements
 from distill.artifact import versions
-from distill.circuits.answers import CHANCE, answer_difference, frozen, two_way_loss
+from distill.circuits.answers import CHANCE, answer_difference, calibrate, frozen, two_way_loss
 from distill.circuits.circuit import SUFFIX, Circuit
 from distill.circuits.faithfulness.necessity import necessity
 from distill.circuits.faithfulness.sufficiency import loss_empty, sufficiency
+from distill.circuits.pareto import pareto
 from distill.circuits.prune import RELATIVE, PruneConfig, prune
 from distill.circuits.selection import TargetError
 from distill.circuits.subject import Subject
+from distill.circuits.task_table import empty_difference
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.command import no_type_check
 from distill.training.evaluate import heldout_loss
@@ -33,9 +36,18 @@ from distill.training.evaluate import heldout_loss
 SPARSE, DENSE = "sparse", "dense"
 """Names of the pair that the ratio is about."""
 SIZES = ("nodes", "edges_induced", "edges_pruned", "edges_embed", "edges_null")
+CORPUS_WINDOWS = 16
+"""Windows of held-out text on which the damage of losing a circuit is measured."""
+RATIOS = {
+    "edge_ratio": "edges_induced",
+    "pruned_edge_ratio": "edges_pruned",
+    "node_ratio": "nodes",
+    "null_ratio": "edges_null",
+}
+"""Ratios dense over sparse, and the size that each is of."""
 MATCHED = 0.01
 """Largest relative difference of held-out losses within which two models count as matched."""
-RESERVED = frozenset({"target", "asked", "bridge"})
+RESERVED = frozenset({"target", "asked", "bridge", "interchange", "correspondence", "curves"})
 """What a task's row holds beside the models."""
 CIRCUIT_FIELDS = ("loss_circuit", "loss_calibrated", *SIZES, "loss_without_circuit", "loss_without_random_median")
 
@@ -58,7 +70,10 @@ class CompareConfig:
     subspaces: int = 100
     """Control subspaces of each kind in the test of the bridged subspace."""
     empty: float = 0.5
-    """Task loss with all nodes ablated below which a task needs no circuit, and does not count in the mean."""
+    """Task loss with all nodes ablated, as it is or calibrated, below which a task needs no circuit, and does not count
+    in the mean."""
+    targets: tuple[float, ...] = ()
+    """Target losses, in nats, of the pair's curves of size against loss; none: no curves."""
     heldout_windows: int = 512
     """Held-out windows that the models' losses are measured on."""
 
@@ -66,6 +81,8 @@ class CompareConfig:
         for name in ("test_pairs", "random_sets", "subspaces", "heldout_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed are 1 and more")
+        if len(set(self.targets)) < len(self.targets) or any(not target > 0 for target in self.targets):
+            raise ValueError(f"targets: got {self.targets}; allowed are different numbers above 0")
         if self.prune.relative or self.prune.goal is not None:
             raise ValueError("prune: relative and goal are set for all models alike, by the comparison's own relative")
         for name in ("able", "empty"):
@@ -88,8 +105,17 @@ class Comparison:
             circuit.save(folder / f"{task}.{name}{SUFFIX}")
 
 
-def compare(subjects: Sequence[Subject], tasks: Sequence[Task], config: CompareConfig) -> Comparison:
+def compare(
+    subjects: Sequence[Subject],
+    tasks: Sequence[Task],
+    config: CompareConfig,
+    *,
+    known: Mapping[tuple[str, str], Circuit] | None = None,
+) -> Comparison:
     """Prunes every subject on every task and puts the circuits side by side.
+
+    `known` are circuits by (task, name of the model), as an earlier comparison saved them (`known_circuits`): one that
+    belongs to the model and meets the same target is taken instead of being searched for again.
 
     Subjects named `sparse` and `dense` are the pair of the ratio. A task that a model cannot do keeps its row with a
     reason. ValueError for names that stand twice or mean something else, and where a task does not fit a tokenizer.
@@ -100,17 +126,19 @@ def compare(subjects: Sequence[Subject], tasks: Sequence[Task], config: CompareC
     if taken := {subject.name for subject in subjects} & RESERVED:
         raise ValueError(f"model: a model cannot be called {taken.pop()!r} in a comparison; rename its folder")
     models = {one.name: _describe(one, sample_for(one, subjects, config)) for one in subjects}
+    trials = {one.name: _trials(one, tasks, config) for one in subjects}
     rows: dict[str, dict[str, Any]] = {}
     circuits: dict[tuple[str, str], Circuit] = {}
     with tqdm(total=len(tasks) * len(subjects), desc="circuits", unit="circuit") as bar:
         for task in tasks:
-            rows[task.name], found = _compare_task(subjects, task, config, bar)
+            rows[task.name], found = _compare_task(subjects, task, config, bar, known or {}, trials)
             circuits.update({(task.name, name): circuit for name, circuit in found.items()})
     record = {
         "models": models,
         "matched": matched(models),
+        "agreement": agreements(subjects, sample_for(subjects[0], subjects, config)),
         "tasks": rows,
-        **ratios(rows, config.empty),
+        **ratios(rows, config.empty, seed=config.prune.seed),
         "objective": config.prune.objective,
         "seed": config.prune.seed,
         "config": asdict(config),
@@ -149,10 +177,15 @@ def _describe(subject: Subject, chosen: Int[Tensor, "n T1"]) -> dict[str, Any]:
 
 
 def _compare_task(
-    subjects: Sequence[Subject], task: Task, config: CompareConfig, bar: tqdm
+    subjects: Sequence[Subject],
+    task: Task,
+    config: CompareConfig,
+    bar: tqdm,
+    known: Mapping[tuple[str, str], Circuit],
+    trials: Mapping[str, Mapping[str, tuple[TaskBatch, float]]],
 ) -> tuple[dict[str, Any], dict[str, Circuit]]:
-    tests = {subject.name: _test_batch(subject, task, config) for subject in subjects}
-    losses = {subject.name: _full_loss(subject, tests[subject.name]) for subject in subjects}
+    tests = {subject.name: trials[subject.name][task.name][0] for subject in subjects}
+    losses = {subject.name: trials[subject.name][task.name][1] for subject in subjects}
     pair = [losses[name] for name in (SPARSE, DENSE) if name in losses] or list(losses.values())
     able = [loss for loss in pair if loss < config.able]
     target = common_target(config.prune.target, able) if config.relative else config.prune.target
@@ -160,19 +193,32 @@ def _compare_task(
     circuits: dict[str, Circuit] = {}
     for subject in subjects:
         bar.set_postfix_str(f"{task.name}, {subject.name}")
-        empty = loss_empty(subject.model, subject.means, tests[subject.name])
-        row[subject.name] = {"loss_full": losses[subject.name], "loss_empty": empty, "reason": None}
+        empty = empty_losses(subject, task, tests[subject.name], config)
+        row[subject.name] = {"loss_full": losses[subject.name], **empty, "reason": None}
         row[subject.name] |= dict.fromkeys(CIRCUIT_FIELDS)
         if losses[subject.name] >= config.able:
             row[subject.name]["reason"] = f"the full model cannot do the task (able: under {config.able} nats)"
         else:
             settings = _settings(config, target, able, losses[subject.name])
-            circuit = _circuit(subject, task, config, settings, row[subject.name])
+            circuit = _circuit(subject, task, settings, row[subject.name], known.get((task.name, subject.name)))
             if circuit is not None:
                 circuits[subject.name] = circuit
-                row[subject.name] |= judge(subject, circuit, tests[subject.name], config)
+                others = {
+                    name: batch
+                    for name, (batch, loss) in trials[subject.name].items()
+                    if name != task.name and loss < config.able
+                }
+                row[subject.name] |= judge(subject, circuit, tests[subject.name], config, others)
+                if config.targets and subject.name in (SPARSE, DENSE):
+                    row.setdefault("curves", {})[subject.name] = curve(subject, task, config)
         bar.update()
     return row, circuits
+
+
+def _trials(subject: Subject, tasks: Sequence[Task], config: CompareConfig) -> dict[str, tuple[TaskBatch, float]]:
+    """Test prompts of every task, by its name, with the full model's loss on them."""
+    batches = {task.name: _test_batch(subject, task, config) for task in tasks}
+    return {name: (batch, _full_loss(subject, batch)) for name, batch in batches.items()}
 
 
 def common_target(target: float, losses: Sequence[float]) -> float:
@@ -184,6 +230,43 @@ def common_target(target: float, losses: Sequence[float]) -> float:
 def _test_batch(subject: Subject, task: Task, config: CompareConfig) -> TaskBatch:
     pairs = min(config.test_pairs, task.size("test"))
     return encode(task, subject.tokenizer, "test", pairs, config.prune.seed, context=subject.model.context)
+
+
+def curve(subject: Subject, task: Task, config: CompareConfig) -> list[dict[str, Any]]:
+    """Sizes along the targets, as `pareto` finds them: one row for each, the largest target first."""
+    found = pareto(
+        subject.model,
+        task,
+        subject.tokenizer,
+        subject.means,
+        config.targets,
+        config.prune,
+        model_name=subject.name,
+        corpus=subject.sample[:, :-1],
+    )
+    return list(found.rows)
+
+
+def empty_losses(subject: Subject, task: Task, batch: TaskBatch, config: CompareConfig) -> dict[str, float | None]:
+    """Task loss with every node ablated, in nats: as it is, and calibrated on training prompts (None without any).
+
+    A model whose embeddings lean to one answer looks as if it could not do a task that its bigram table does alone;
+    the calibrated loss tells.
+    """
+    after = None
+    if task.splits.get("train"):
+        pairs = min(config.prune.train_pairs, task.size("train"))
+        train = encode(task, subject.tokenizer, "train", pairs, config.prune.seed, context=subject.model.context)
+        calibration = calibrate(empty_difference(subject.model, train, subject.means), train.orientation)
+        alone = empty_difference(subject.model, batch, subject.means)
+        after = float(two_way_loss(calibration(alone, batch.orientation.double())))
+    return {"loss_empty": loss_empty(subject.model, subject.means, batch), "loss_empty_calibrated": after}
+
+
+def known_circuits(folder: Path) -> dict[tuple[str, str], Circuit]:
+    """The circuits of an earlier comparison, by task and name of the model. ArtifactError for a damaged one."""
+    found = [Circuit.load(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+    return {(circuit.task, circuit.model_name): circuit for circuit in found}
 
 
 def _full_loss(subject: Subject, batch: TaskBatch) -> float:
@@ -204,13 +287,16 @@ def _settings(config: CompareConfig, target: float, able: Sequence[float], full:
 
 
 def _circuit(
-    subject: Subject, task: Task, config: CompareConfig, settings: PruneConfig, one: dict[str, Any]
+    subject: Subject, task: Task, settings: PruneConfig, one: dict[str, Any], known: Circuit | None
 ) -> Circuit | None:
     """The pruned circuit; where none meets the target, None and the reason among the model's entries."""
     one["target"] = settings.target
     began = time.perf_counter()
     try:
-        circuit = prune(subject.model, task, subject.tokenizer, subject.means, settings, model_name=subject.name)
+        circuit = known if _is_wanted(known, subject, settings) else None
+        circuit = circuit or prune(
+            subject.model, task, subject.tokenizer, subject.means, settings, model_name=subject.name
+        )
     except TargetError as error:
         one["reason"] = str(error)
         return None
@@ -220,17 +306,35 @@ def _circuit(
     return circuit
 
 
-def judge(subject: Subject, circuit: Circuit, batch: TaskBatch, config: CompareConfig) -> dict[str, Any]:
-    """Sizes, sufficiency and necessity of one circuit on prompts that pruning never saw."""
+def _is_wanted(known: Circuit | None, subject: Subject, settings: PruneConfig) -> bool:
+    """Whether a circuit found earlier is of this model, met this target, and was searched for by this objective."""
+    return (
+        known is not None
+        and known.model == subject.model.fingerprint()
+        and math.isclose(known.target, settings.target, rel_tol=1e-6)
+        and known.provenance["config"]["objective"] == settings.objective
+    )
+
+
+def judge(
+    subject: Subject, circuit: Circuit, batch: TaskBatch, config: CompareConfig, others: Mapping[str, TaskBatch]
+) -> dict[str, Any]:
+    """Sizes, sufficiency, necessity and specificity of one circuit on prompts that pruning never saw.
+
+    `others` are prompts of other tasks that the model can do, by name: what losing the circuit does to them.
+    """
     began = time.perf_counter()
     enough = sufficiency(subject.model, circuit, batch)
-    needed = necessity(subject.model, circuit, batch, sets=config.random_sets, seed=config.prune.seed)
+    corpus = subject.sample[:CORPUS_WINDOWS]
+    drawn = {"sets": config.random_sets, "seed": config.prune.seed}
+    needed = necessity(subject.model, circuit, batch, others=others or None, corpus=corpus, **drawn)
     return {
         "loss_circuit": enough.value,
         "loss_calibrated": enough.details["loss_calibrated"],
         **circuit.counts(subject.model),
         "loss_without_circuit": needed.value,
         "loss_without_random_median": float(np.median(needed.control)),
+        "damage": {name: value for name, value in needed.details.items() if name.startswith("damage")},
         "meets_target": (enough.details["loss_calibrated"] if config.prune.calibrated else enough.value)
         <= circuit.target,
         "checks": {check.name: {"verdict": check.verdict, "reason": check.reason} for check in (enough, needed)},
@@ -238,14 +342,14 @@ def judge(subject: Subject, circuit: Circuit, batch: TaskBatch, config: CompareC
     }
 
 
-def ratios(rows: Mapping[str, Mapping[str, Any]], empty: float) -> dict[str, Any]:
+def ratios(rows: Mapping[str, Mapping[str, Any]], empty: float, *, seed: int = 0) -> dict[str, Any]:
     """Dense over sparse, geometric means over the tasks that count.
 
     Which tasks are eligible is settled before pruning: both full models reach the target, and neither does the task
-    with all nodes ablated (loss_empty above `empty`). Of these a task counts where both circuits meet the target on
-    prompts that pruning never saw; `left_out` says why the others do not. Beside the ratio of edges stand that of
-    nodes and the null: what the ratio of edges would be if as many nodes had been drawn blindly. None where no task
-    counts.
+    with all nodes ablated (loss_empty, and calibrated, above `empty`). Of these a task counts where both circuits meet
+    the target on prompts that pruning never saw; `left_out` says why the others do not. Beside the ratio of edges stand
+    that of nodes and the null: what the ratio of edges would be if as many nodes had been drawn blindly. Each has a 95%
+    interval by bootstrap over tasks. None where no task counts.
     """
     reasons = {name: _left_out(row, empty) for name, row in rows.items()}
     counted = [name for name, (_, reason) in reasons.items() if not reason]
@@ -254,11 +358,25 @@ def ratios(rows: Mapping[str, Mapping[str, Any]], empty: float) -> dict[str, Any
         "tasks_counted": counted,
         "left_out": {name: reason for name, (_, reason) in reasons.items() if reason},
     }
-    for name, size in (("edge_ratio", "edges_induced"), ("node_ratio", "nodes"), ("null_ratio", "edges_null")):
+    for name, size in RATIOS.items():
         # A circuit without edges (all in the embeddings) would make the ratio infinite: it counts as one edge.
         logs = [math.log(max(rows[t][DENSE][size], 1) / max(rows[t][SPARSE][size], 1)) for t in counted]
         found[f"{name}_geomean"] = math.exp(sum(logs) / len(logs)) if logs else None
+        found[f"{name}_interval"] = interval(logs, seed=seed)
     return found
+
+
+def interval(logs: Sequence[float], *, seed: int, draws: int = 2000) -> tuple[float, float] | None:
+    """95% interval of a geometric mean of ratios, by bootstrap over tasks; None for fewer than two."""
+    if len(logs) < 2:
+        return None
+    drawn = np.random.default_rng(seed).choice(np.asarray(logs), (draws, len(logs))).mean(1)
+    low, high = np.exp(np.quantile(drawn, (0.025, 0.975)))
+    return float(low), float(high)
+
+
+def _else(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
 
 
 def _left_out(row: Mapping[str, Any], empty: float) -> tuple[bool, str]:
@@ -270,8 +388,9 @@ def _left_out(row: Mapping[str, Any], empty: float) -> tuple[bool, str]:
         if one["loss_full"] > row["target"]:
             return False, f"{name} misses the target with all its nodes ({one['loss_full']:.3f} > {row['target']:.3f})"
     for name, one in pair.items():
-        if one["loss_empty"] <= empty:
-            return False, f"{name} does it without any node (loss_empty {one['loss_empty']:.3f}): it needs no circuit"
+        alone = min(one["loss_empty"], _else(one.get("loss_empty_calibrated"), one["loss_empty"]))
+        if alone <= empty:
+            return False, f"{name} does it without any node (loss_empty {alone:.3f}): it needs no circuit"
     for name, one in pair.items():
         if one["nodes"] is None:
             return True, f"{name} has no circuit: {one['reason']}"

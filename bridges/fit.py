@@ -27,6 +27,7 @@ from distill.data.sample import spread_windows
 from distill.data.tokens import Sampler, TokenData, windows
 from distill.model.run import Runnable
 from distill.model.transformer import LARGEST_BIGRAM, Architecture, SparseTransformer
+from distill.training.plot import PICTURE, plot_run
 from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS, check_way, make_way, start_folder
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import TrainConfig, train
@@ -218,6 +219,7 @@ def fit_bridges(
         provenance=replace(provenance, kind="model", extra=facts),
     )
     plot_metrics(metrics, folder / "bridges.png")
+    plot_run(history, folder / PICTURE)
     write_manifest(folder, provenance)
     return Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
 

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bridges.compare import DENSE, SPARSE, Comparison
+from bridges.figures import plot_bridge, plot_locations, plot_size_loss
 from distill.artifact import Provenance, fresh_folder, write_json
 from distill.circuits.subject import Subject
 
@@ -22,11 +23,24 @@ EDGES_SHOWN = 200
 def write_report(
     comparison: Comparison, subjects: Sequence[Subject], folder: Path, provenance: Provenance, title: str
 ) -> None:
-    """Writes comparison.json, comparison.png, index.html and the circuits into `folder`, over an earlier report."""
+    """Writes comparison.json, its figures, index.html and the circuits into `folder`, over an earlier report.
+
+    Figures: comparison.png (sizes and necessity), locations.png (nodes by layer and location), and where they were
+    measured bridge.png (interchange and subspaces over sites) and size_loss.png (edges along the targets).
+    """
     with fresh_folder(folder, provenance, replace=True) as place:
         write_json(place / "comparison.json", comparison.record)
         comparison.save(place)
         plot(comparison.record, place / "comparison.png")
+        if comparison.circuits:
+            plot_locations(comparison.circuits, place / "locations.png")
+        tasks = comparison.record["tasks"]
+        if any((row.get("interchange") or {}).get("sites") for row in tasks.values()):
+            plot_bridge(tasks, place / "bridge.png")
+        if curves := {
+            (task, name): rows for task, row in tasks.items() for name, rows in row.get("curves", {}).items()
+        }:
+            plot_size_loss(curves, place / "size_loss.png")
         page = page_of(comparison, subjects, (place / "comparison.png").read_bytes(), title)
         (place / "index.html").write_text(page, encoding="utf-8")
 
@@ -40,7 +54,7 @@ def table(record: Mapping[str, Any]) -> str:
             lines.append(_line(_cells(task, name, row)))
             if note := row[name]["reason"] or row[name].get("label"):
                 lines.append(f"{'':24}{note}")
-    return "\n".join([*lines, "", *summary(record), *bridge_lines(record)])
+    return "\n".join([*lines, "", *summary(record), *bridge_lines(record), *crossing_lines(record)])
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
@@ -57,9 +71,48 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         f"edges dense / sparse: {record['edge_ratio_geomean']:.2f} (geometric mean over {len(counted)} tasks: "
-        f"{', '.join(counted)}); nodes {record['node_ratio_geomean']:.2f}, "
+        f"{', '.join(counted)}{_between(record)}); nodes {record['node_ratio_geomean']:.2f}, "
         f"blindly drawn nodes {record['null_ratio_geomean']:.2f}",
     ]
+
+
+def _between(record: Mapping[str, Any]) -> str:
+    """The interval of the ratio in words."""
+    found = record.get("edge_ratio_interval")
+    return "" if found is None else f"; 95% over tasks {found[0]:.2f} to {found[1]:.2f}"
+
+
+def crossing_lines(record: Mapping[str, Any]) -> list[str]:
+    """Interchange through the bridge, node correspondence and agreement of losses, a line each."""
+    lines = []
+    for task, row in record["tasks"].items():
+        crossed = row.get("interchange") or {}
+        if crossed.get("sites"):
+            best = max(crossed["sites"], key=lambda one: one["effect"])
+            control = f", random channels {np.median(best['controls']):.2f}" if best["controls"] else ""
+            for key, words in (("unrelated", "unrelated student"), ("class_means", "class means")):
+                control += "" if best[key] is None else f", {words} {best[key]:.2f}"
+            lines.append(
+                f"{task}: interchange of the circuit's {best['channels']} channels at {best['site']} goes "
+                f"{best['effect']:.2f} of the way (all channels {best['ceiling']:.2f}{control}; "
+                f"{crossed['pairs']} pairs, {crossed['skipped']} of unequal length skipped)"
+            )
+        elif crossed:
+            lines.append(f"{task}: no interchange, the dense model is right on {crossed['accuracy'] or 0:.0%} only")
+        if found := row.get("correspondence"):
+            low, middle, high = found["caused_random"]
+            lines.append(
+                f"{task}: the {found['units']} heads and neurons of the dense circuit cause {found['caused']:.0%} of "
+                f"what the bridge reads in the student's (as many random ones {middle:.0%}, {low:.0%} to {high:.0%}; "
+                f"p {found['p']:.3f})"
+            )
+    for one in record.get("agreement", []):
+        if one["pearson_log"] is not None:
+            lines.append(
+                f"losses token by token, {one['models'][0]} and {one['models'][1]}: correlation of logs "
+                f"{one['pearson_log']:.3f}, of ranks {one['spearman']:.3f}; same error {one['same_error'] or 0:.0%}"
+            )
+    return lines
 
 
 def bridge_lines(record: Mapping[str, Any]) -> list[str]:
@@ -152,11 +205,12 @@ def page_of(comparison: Comparison, subjects: Sequence[Subject], figure: bytes, 
         )
     picture = base64.b64encode(figure).decode()
     kept = {key: record[key] for key in ("config", "versions", "seed", "objective")}
+    lines = (*summary(record), *bridge_lines(record), *crossing_lines(record))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><h1>{_e(title)}</h1>"
-        f"{''.join(f'<p>{_e(line)}</p>' for line in (*summary(record), *bridge_lines(record)))}{_html_table(record)}"
+        f"{''.join(f'<p>{_e(line)}</p>' for line in lines)}{_html_table(record)}"
         f'<img alt="edges, nodes and necessity per task and model" src="data:image/png;base64,{picture}">'
         f"<h2>Circuits</h2>{''.join(circuits)}<h2>How this was made</h2>"
         f"<pre>{_e(json.dumps(kept, indent=1, default=str))}</pre></body></html>"

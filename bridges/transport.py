@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from bridges.compare import CompareConfig, Comparison
+from bridges.baselines import least_squares_bridges
+from bridges.compare import SPARSE, CompareConfig, Comparison
 from bridges.lineup import STUDENT, TEACHER, Lineup
 from bridges.maps import Bridges
 from bridges.metrics import batches, evaluating, recorded
@@ -33,9 +34,11 @@ from bridges.subspace import (
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.model.run import Runnable
+from distill.model.sites import layer_of
 
-CHANNELS, PRINCIPAL = "channels", "principal"
-"""Controls: images of random active channels (a family), and the first principal components of the stream."""
+CHANNELS, PRINCIPAL, UNRELATED = "channels", "principal", "unrelated"
+"""Controls: images of random active channels (a family), the first principal components of the stream, and the images
+of the circuit of a sparse model that never saw the dense one, by least-squares bridges."""
 PAIRS = 32
 """Pairs of prompts that the test looks at."""
 WINDOWS = 128
@@ -50,7 +53,8 @@ def add_subspaces(comparison: Comparison, lineup: Lineup, tasks: Sequence[Task],
     A list of `SubspaceTest.to_json`: one entry per test and site, "all" sites last, then encode-mask-decode per site;
     None where there is no bridge, no circuit of the student, or the dense model cannot do the task. The tests at all
     sites are held against `config.subspaces` random subspaces of equal dimension and variance, and as many images of
-    random active channels; beside each stands the loss with the first principal components.
+    random active channels; beside each stands the loss with the first principal components, and with the unrelated
+    student's circuit (`unrelated_bridges`), without which success shows only that the information can be decoded.
     """
     teacher, student = lineup.subject(TEACHER), lineup.subject(STUDENT)
     rows = {name: {**row, "bridge": None} for name, row in comparison.record["tasks"].items()}
@@ -62,10 +66,12 @@ def add_subspaces(comparison: Comparison, lineup: Lineup, tasks: Sequence[Task],
     if lineup.bridges is not None and teacher is not None and student is not None and chosen:
         means = residual_means(teacher.model, spread(teacher.sample)[:, :-1], bridges=lineup.bridges)
         active = active_channels(student.model, spread(student.sample)[:, :-1])
+        stranger = unrelated_bridges(lineup)
         for task in tqdm(chosen, desc="bridged subspaces", unit="task", delay=2):
             nodes = comparison.circuits[task.name, STUDENT].nodes
             live = live_channels(nodes, n_layer=student.model.n_layer, d_model=student.model.d_model)
-            found = _test(teacher, lineup.bridges, task, live, active, means, config)
+            other = unrelated_bases(comparison, task.name, stranger)
+            found = _test(teacher, lineup.bridges, task, live, active, means, config, other)
             rows[task.name]["bridge"] = [test.to_json() for test in found]
     record: dict[str, Any] = {**comparison.record, "tasks": rows}
     return replace(comparison, record=record)
@@ -79,6 +85,7 @@ def _test(
     active: Mapping[str, Tensor],
     means: ResidualMeans,
     config: CompareConfig,
+    unrelated: Mapping[str, Tensor] | None,
 ) -> list[SubspaceTest]:
     n, seed = config.subspaces, config.prune.seed
     pairs = min(PAIRS, task.size("test"))
@@ -93,9 +100,37 @@ def _test(
             RANDOM: random_subspaces(bases, means, n, seed=seed),
             CHANNELS: (bridged_subspace(bridges, one) for one in random_channels(live, active, n, seed=seed)),
         },
-        other={PRINCIPAL: principal_subspaces(bases, means)},
+        other={PRINCIPAL: principal_subspaces(bases, means), **({UNRELATED: unrelated} if unrelated else {})},
     )
     return [*found, *masked_test(teacher.model, batch, bridges, live, means)]
+
+
+def unrelated_bridges(lineup: Lineup) -> Bridges | None:
+    """Least-squares bridges between the bridged dense model and the comparison's own sparse model, which never saw it.
+
+    Fitted on at most 128 windows. None where there is no bridge, or the two differ in depth or tokenizer.
+    """
+    teacher, sparse = lineup.subject(TEACHER), lineup.subject(SPARSE)
+    if teacher is None or sparse is None or teacher.model.n_layer != sparse.model.n_layer:
+        return None
+    if teacher.tokenizer.get_vocab() != sparse.tokenizer.get_vocab():
+        return None
+    return least_squares_bridges(teacher.model, sparse.model, spread(teacher.sample))
+
+
+def unrelated_live(comparison: Comparison, task: str) -> dict[str, Tensor] | None:
+    """Live channels of the sparse model's own circuit of a task, by site; None where it has none."""
+    circuit = comparison.circuits.get((task, SPARSE))
+    if circuit is None:
+        return None
+    layers = {layer_of(location) for location in circuit.nodes}
+    return live_channels(circuit.nodes, n_layer=len(layers), d_model=len(circuit.nodes["0.attn.resid_delta"]))
+
+
+def unrelated_bases(comparison: Comparison, task: str, bridges: Bridges | None) -> dict[str, Tensor] | None:
+    """Images of the unrelated student's circuit in the dense stream, by site; None where there are none."""
+    live = unrelated_live(comparison, task)
+    return None if bridges is None or live is None else bridged_subspace(bridges, live)
 
 
 def spread(sample: Int[Tensor, "n T1"], limit: int = WINDOWS) -> Int[Tensor, "m T1"]:

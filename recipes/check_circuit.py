@@ -21,7 +21,7 @@ from distill.artifact import write_json
 from distill.circuits import Circuit
 from distill.circuits.faithfulness import Limits
 from distill.circuits.origin import find_subjects, find_task, labels
-from distill.circuits.scorecard import scorecard, summary, test_prompts
+from distill.circuits.scorecard import check_free, scorecard, summary, test_prompts
 from distill.circuits.versus import versus
 
 
@@ -44,7 +44,7 @@ class Options:
     corpus: tuple[str, ...] = ()
     """Text to measure on, for models that bring none (see train_sparse)."""
     out: Path | None = None
-    """Folder for the scorecards; none: beside each circuit."""
+    """Folder for the scorecards, where an earlier one of the same circuit is replaced; none: beside each circuit."""
     seed: int = 0
     """Seed of prompts, random circuits and draws."""
     device: str = "auto"
@@ -59,14 +59,17 @@ def check_circuit(options: Options) -> None:
     circuits = [Circuit.load(file) for file in files]
     tasks = [find_task(circuit, options.task) for circuit in circuits]
     subjects = find_subjects(circuits, files, models=options.model, corpus=options.corpus, device=options.device)
-    cards, setting = [], {"limits": options.limits, "seed": options.seed}
-    for file, name, circuit, task in zip(files, labels(files), circuits, tasks, strict=True):
-        card = scorecard(subjects[circuit.model], task, circuit, full=options.full, name=name, **setting)
+    whole = options.out is not None and len(files) == 1
+    names, places = labels(files), []
+    for file, name, circuit in zip(files, names, circuits, strict=True):
         folder = options.out or file.parent
         folder.mkdir(parents=True, exist_ok=True)
-        whole = options.out is not None and len(files) == 1
-        path = card.save(folder / ("scorecard.json" if whole else f"{name}.scorecard.json"))
-        print(f"{card.table()}\nin {path}\n")
+        places.append(folder / ("scorecard.json" if whole else f"{name}.scorecard.json"))
+        check_free(places[-1], circuit)
+    cards, setting = [], {"limits": options.limits, "seed": options.seed}
+    for place, name, circuit, task in zip(places, names, circuits, tasks, strict=True):
+        card = scorecard(subjects[circuit.model], task, circuit, full=options.full, name=name, **setting)
+        print(f"{card.table()}\nin {card.save(place)}\n")
         cards.append(card)
     if options.against:
         models = [subjects[circuit.model].model for circuit in circuits]

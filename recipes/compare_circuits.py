@@ -4,15 +4,27 @@
     python recipes/compare_circuits.py --model runs/sparse --dense runs/dense --bridge runs/student --out runs/mine
 
 Without arguments it takes the shipped models. --model and --dense are the pair whose circuit sizes are put in ratio;
---bridge adds a student and the dense model it was fitted to, and the test of the bridged subspace. The folder gets
-comparison.json, comparison.png, index.html and one circuit file per task and model.
+--bridge adds a student and the dense model it was fitted to, the test of the bridged subspace, interchange through the
+bridge and node correspondence, with their controls; --config.targets 0.5 0.25 0.15 0.1 0.05 adds curves of size against
+loss. --circuits takes circuits that were found before instead of searching again. The folder gets comparison.json (see
+bridges/COMPARISON.md), figures, index.html and one circuit file per task and model; recipes/view.py shows these.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from bridges import CompareConfig, add_subspaces, compare, load_lineup, table, write_report
+from bridges import (
+    CompareConfig,
+    add_crossings,
+    add_subspaces,
+    compare,
+    known_circuits,
+    load_lineup,
+    table,
+    write_report,
+)
+from bridges.basis import add_rotated
 from distill import command, load_task
 from distill.artifact import Provenance, check_free, default_out
 
@@ -33,6 +45,11 @@ class Options:
     """Task loss to meet, in nats; where a full model is above it, the relative target of the source's."""
     corpus: tuple[str, ...] = ()
     """Text to measure ablation values on, for models that bring none (see train_sparse)."""
+    circuits: Path | None = None
+    """Folder of an earlier comparison, whose circuits are taken where they are of these models and this target."""
+    rotated: bool = False
+    """Also the bridged dense model with its heads in the basis of their singular vectors: is sparse simpler, or only
+    better aligned?"""
     config: CompareConfig = field(default_factory=CompareConfig)
     """Pruning and judging; --target and --seed go before its own."""
     out: Path = default_out("comparison")
@@ -49,13 +66,17 @@ def compare_circuits(options: Options) -> None:
     tasks = [load_task(name) for name in options.task]
     config = replace(options.config, prune=replace(options.config.prune, target=options.target, seed=options.seed))
     lineup = load_lineup(options.model, options.dense, options.bridge, corpus=options.corpus, device=options.device)
-    comparison = add_subspaces(compare(lineup.subjects, tasks, config), lineup, tasks, config)
+    lineup = add_rotated(lineup) if options.rotated else lineup
+    known = None if options.circuits is None else known_circuits(options.circuits)
+    comparison = compare(lineup.subjects, tasks, config, known=known)
+    for add in (add_subspaces, add_crossings):
+        comparison = add(comparison, lineup, tasks, config)
     provenance = Provenance(
         kind="report", command="recipes/compare_circuits.py", config=asdict(options), seed=options.seed, data=None
     )
     write_report(comparison, lineup.subjects, options.out, provenance, "Circuits, sparse and dense")
     print(table(comparison.record))
-    print(f"comparison.json, comparison.png, index.html and the circuits are in {options.out}")
+    print(f"comparison.json, figures, index.html and the circuits are in {options.out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,8 +4,10 @@
     python recipes/prune_circuit.py --model runs/sparse --task bracket_counting my_task.jsonl --target 0.1
 
 The model is a folder, a shipped model's short name (sparse, dense, dense_gpt2, student) or a hub name. Each task gives
-a file {task}.{model}.circuit.safetensors; comparison.json and index.html list losses, nodes and edges. A task is a
-built-in one or a JSONL file of pairs. Expect some 10 seconds a circuit on two cores for the shipped models.
+a file {task}.{model}.circuit.safetensors and its scorecard, how far to believe it, as {task}.{model}.scorecard.json
+(--no-checks leaves that out; recipes/check_circuit.py makes one later, with more checks); comparison.json and
+index.html list losses, nodes and edges. A task is a built-in one or a JSONL file of pairs. Expect some 10 seconds a
+circuit on two cores for the shipped models, less than half of them for the scorecard.
 """
 
 from collections.abc import Sequence
@@ -14,8 +16,9 @@ from pathlib import Path
 
 from bridges import CompareConfig, compare, table, write_report
 from distill import command
-from distill.artifact import Provenance, check_free, default_out
+from distill.artifact import Provenance, check_free, default_out, write_manifest
 from distill.circuits import PruneConfig, load_subject, load_task
+from distill.circuits.scorecard import scorecard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,12 @@ class Options:
     task: tuple[str, ...] = ("single_double_quote",)
     """Tasks by name, or JSONL files."""
     target: float = 0.15
-    """Task loss to meet, in nats; where the full model is above it, the relative target of the source's."""
+    """Task loss to meet, in nats."""
+    relative: bool = True
+    """Whether a model that is above the target itself gets the source's relative one; without, a circuit that is better
+    than the model is labelled so, and to find none at all is an error."""
+    checks: bool = True
+    """Whether each circuit gets its scorecard, from the checks that take seconds."""
     corpus: tuple[str, ...] = ()
     """Text to measure ablation values on, for models that bring none (see train_sparse)."""
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -45,13 +53,21 @@ def prune_circuit(options: Options) -> None:
     check_free(options.out, "report", replace=True)
     tasks = [load_task(name) for name in options.task]
     subject = load_subject(options.model, corpus=options.corpus, device=options.device)
-    config = CompareConfig(prune=replace(options.prune, target=options.target, seed=options.seed))
-    comparison = compare([subject], tasks, config)
+    prune = replace(options.prune, target=options.target, seed=options.seed)
+    comparison = compare([subject], tasks, CompareConfig(prune=prune, relative=options.relative))
+    if not (options.relative or comparison.circuits):
+        raise ValueError("; ".join(str(row[subject.name]["reason"]) for row in comparison.record["tasks"].values()))
     provenance = Provenance(
         kind="report", command="recipes/prune_circuit.py", config=asdict(options), seed=options.seed, data=None
     )
     write_report(comparison, [subject], options.out, provenance, f"Circuits of {subject.name}")
     print(table(comparison.record))
+    named = {task.name: task for task in tasks}
+    for (task, model), circuit in comparison.circuits.items() if options.checks else ():
+        card = scorecard(subject, named[task], circuit, seed=options.seed, name=f"{task}.{model}")
+        card.save(options.out / f"{task}.{model}.scorecard.json")
+        print(f"\n{card.table()}")
+    write_manifest(options.out, provenance)
     print(f"circuits and page in {options.out}")
 
 

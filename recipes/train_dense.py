@@ -17,7 +17,7 @@ from distill import command
 from distill.artifact import default_out
 from distill.data import prepare
 from distill.model import Architecture, DenseModel, SparseTransformer
-from distill.training import TrainConfig, plan, pretrain
+from distill.training import TrainConfig, make_engine, plan, pretrain
 from distill.training.pretrain import check_way
 
 GPT2 = {"kind": "gpt2", "architecture.d_model": 128, "config.grad_rms": "clip", "config.eps": 1e-8}
@@ -63,14 +63,19 @@ def train_dense(options: Options) -> None:
     bigram = options.architecture.bigram and options.kind == "same"
     architecture = replace(options.architecture, vocab_size=options.vocab_size, bigram=bigram)
     build = DenseModel.build_gpt2 if options.kind == "gpt2" else SparseTransformer.build
-    model = build(architecture, seed=options.seed).to(command.pick_device(options.device))
     config = replace(options.config, seed=options.seed)
-    print(plan(model, config))
+    engine = make_engine(config, options.out)
+    device = command.pick_device(options.device) if engine.num_processes == 1 else engine.device
+    model = build(architecture, seed=options.seed).to(device)
+    engine.print(plan(model, config))
     if options.dry_run:
         return
     tokens = options.out.with_name(options.out.name + ".tokens")
-    check_way(options.out, resume=options.resume, overwrite=options.overwrite)
-    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed, replace=options.overwrite)
+    if engine.is_main_process:
+        check_way(options.out, resume=options.resume, overwrite=options.overwrite)
+    settings = {"vocab_size": options.vocab_size, "seed": options.seed, "replace": options.overwrite}
+    with engine.main_process_first():
+        data = prepare(options.corpus, tokens, **settings)
     done = pretrain(
         model,
         data,
@@ -80,8 +85,9 @@ def train_dense(options: Options) -> None:
         command="recipes/train_dense.py",
         resume=options.resume,
         overwrite=options.overwrite,
+        engine=engine,
     )
-    print(f"held-out loss {done.heldout_loss:.3f} nats per token after {done.tokens:,} tokens; model in {done.folder}")
+    engine.print(f"held-out loss {done.heldout_loss:.3f} nats a token, {done.tokens:,} tokens; model in {done.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,12 +1,14 @@
 """Train a weight-sparse transformer from scratch.
 
     python recipes/train_sparse.py --corpus stdlib --out runs/sparse
-    python recipes/train_sparse.py --corpus folder:my_texts --architecture.d-model 512 --config.kept 0.02
+    python recipes/train_sparse.py --preset paper --dry-run
+    accelerate launch recipes/train_sparse.py --stream --corpus hf:NAME#content idioms --weights 0.7 0.3
 
-Without arguments it trains on the Python standard library, at a size for two cores. The packed corpus and
-its tokenizer lie beside the run folder, in {out}.tokens, for other trainings to take. The run folder gets
-metrics.jsonl, checkpoints/ and at the end model/, a Hugging Face model folder whose zeros are not stored. Ctrl-C saves
-a checkpoint; the same command with --resume goes on from it.
+Without arguments it trains on the Python standard library, at a size for two cores. The packed corpus and its tokenizer
+lie beside the run folder, in {out}.tokens, for other trainings to take; with --stream the text is read on the way, and
+only the tokenizer and held-out text lie there. The run folder gets metrics.jsonl, training.png, checkpoints/ and at the
+end model/, a Hugging Face model folder whose zeros are not stored. Ctrl-C saves a checkpoint; the same command with
+--resume goes on from it. --dry-run prints parameters, non-zeros, bytes, tokens and time, and stops.
 """
 
 from collections.abc import Sequence
@@ -15,24 +17,11 @@ from pathlib import Path
 
 from distill import command
 from distill.artifact import default_out
-from distill.data import prepare
+from distill.data import prepare, prepare_stream
 from distill.model import Architecture, SparseTransformer
-from distill.training import TrainConfig, plan, pretrain
+from distill.training import TrainConfig, estimate_run, make_engine, pretrain
+from distill.training.presets import PRESETS
 from distill.training.pretrain import check_way
-
-LAPTOP = {
-    "architecture.context": 128,
-    "architecture.n_layer": 3,
-    "config.context": 128,
-    "config.batch": 16,
-    "config.kept": 0.0625,
-    "config.steps": 2500,
-    "config.learning_rate": 0.03,
-}
-PRESETS = {
-    "laptop": LAPTOP,
-    "tiny": LAPTOP | {"architecture.d_model": 32, "architecture.n_layer": 1, "config.steps": 20, "config.batch": 4},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +30,10 @@ class Options:
 
     corpus: tuple[str, ...] = ("stdlib",)
     """Texts: stdlib, package:NAME, idioms:MEGABYTES, a folder, hf:NAME, or one folder of packed tokens."""
+    stream: bool = False
+    """Read, shuffle and encode the texts while training; `idioms` without a size has no end then."""
+    weights: tuple[float, ...] = ()
+    """With stream: share of each corpus in the tokens; none: equal shares."""
     vocab_size: int = 2048
     """Size of the BPE tokenizer trained on the corpus."""
     architecture: Architecture = Architecture(context=128, n_layer=3)
@@ -60,22 +53,29 @@ class Options:
     overwrite: bool = False
     """Replace an earlier run in the folder, and its packed corpus where that is another one."""
     dry_run: bool = False
-    """Print the plan and stop."""
+    """Print the plan, the time measured on this machine in it, and stop."""
 
 
 def train_sparse(options: Options) -> None:
     """Prepare the data, build the model, train."""
     architecture = replace(options.architecture, vocab_size=options.vocab_size)
-    model = SparseTransformer.build(architecture, seed=options.seed).to(command.pick_device(options.device))
     config = replace(options.config, seed=options.seed)
-    print(plan(model, config))
+    if options.weights and not options.stream:
+        raise ValueError(f"weights: got {options.weights}, allowed with --stream only")
+    engine = make_engine(config, options.out)
+    device = command.pick_device(options.device) if engine.num_processes == 1 else engine.device
+    engine.print(estimate_run(architecture, config, device=device, timed=options.dry_run).describe())
     if options.dry_run:
         return
     tokens = options.out.with_name(options.out.name + ".tokens")
-    check_way(options.out, resume=options.resume, overwrite=options.overwrite)
-    data = prepare(options.corpus, tokens, vocab_size=options.vocab_size, seed=options.seed, replace=options.overwrite)
+    if engine.is_main_process:
+        check_way(options.out, resume=options.resume, overwrite=options.overwrite)
+    source = {"vocab_size": options.vocab_size, "seed": options.seed, "replace": options.overwrite}
+    with engine.main_process_first():
+        mixed = {"weights": options.weights} if options.stream else {}
+        data = (prepare_stream if options.stream else prepare)(options.corpus, tokens, **mixed, **source)
     done = pretrain(
-        model,
+        SparseTransformer.build(architecture, seed=options.seed).to(device),
         data,
         config,
         options.out,
@@ -84,8 +84,9 @@ def train_sparse(options: Options) -> None:
         resume=options.resume,
         overwrite=options.overwrite,
         linear_path=options.linear_path,
+        engine=engine,
     )
-    print(f"held-out loss {done.heldout_loss:.3f} nats per token after {done.tokens:,} tokens; model in {done.folder}")
+    engine.print(f"held-out loss {done.heldout_loss:.3f} nats a token, {done.tokens:,} tokens; model in {done.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

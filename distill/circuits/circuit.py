@@ -12,6 +12,7 @@ A file `*.circuit.safetensors` holds everything, the ablation values included.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from distill.circuits.edges import (
 from distill.circuits.masks import Nodes, node_count
 from distill.circuits.standalone import Standalone, standalone
 from distill.model.run import Runnable
-from distill.model.sites import Tap, node_name
+from distill.model.sites import KINDS, Tap, layer_of, node_name
 
 SUFFIX = ".circuit.safetensors"
 
@@ -265,6 +266,23 @@ class Circuit:
         if model is None:
             return summary
         return {**summary, "counts": self.counts(model), "edges": edge_list(self.edges(model))}
+
+    def _repr_html_(self) -> str:
+        """A summary for notebooks: losses, and kept nodes by layer and location. `viewer.view` shows all of it."""
+        layers = sorted({layer_of(location) for location in self.nodes})
+        head = "".join(f"<th>layer {layer}</th>" for layer in layers)
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{kind}</th>"
+            + "".join(f"<td>{int(self.nodes[f'{layer}.{kind}'].sum())}</td>" for layer in layers)
+            + "</tr>"
+            for kind in KINDS
+        )
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
+        label = self.provenance.get("label") or ""
+        return (
+            f"<b>{escape(self.task)} in {escape(self.model_name)}</b>: {self.n_nodes} nodes, target {self.target:g}"
+            f"<br>task losses: {escape(losses)} {escape(str(label))}<table><tr><th></th>{head}</tr>{rows}</table>"
+        )
 
     def _head(self) -> dict[str, Any]:
         return {

@@ -34,6 +34,8 @@ class Estimator(Protocol):
     """What is learned, (groups,)."""
     count: Tensor
     """Nodes per group."""
+    open: Tensor
+    """Which groups have not been closed."""
     index: dict[str, Tensor]
     """For each node the number of its group, by location."""
 
@@ -53,6 +55,10 @@ class Estimator(Protocol):
         """Brings tau back into its range; to be called after each optimiser step."""
         ...
 
+    def close(self, groups: Bool[Tensor, "groups"]) -> None:
+        """Takes groups out for good: their masks are 0 from here on, and they rank below all others."""
+        ...
+
     def spread(self, groups: Tensor) -> dict[str, Tensor]:
         """One value per group -> one value per node, by location."""
         ...
@@ -62,11 +68,11 @@ class Heaviside(NodeMasks):
     """Masks of 0 and 1 by the sign of tau in [-1, 1]; the gradient is that of a sigmoid [G A.5]."""
 
     def sample(self) -> tuple[Float[Tensor, "groups"], Float[Tensor, ""]]:
-        mask = heaviside(self.tau, self.temperature)
+        mask = heaviside(self.tau, self.temperature) * self.open
         return mask, (mask * self.count).sum()
 
     def scores(self) -> Float[Tensor, "groups"]:
-        return self.tau.detach().clone()
+        return self.ranked(self.tau.detach())
 
 
 class HardConcrete(NodeMasks):
@@ -88,8 +94,8 @@ class HardConcrete(NodeMasks):
     def sample(self) -> tuple[Float[Tensor, "groups"], Float[Tensor, ""]]:
         noise = torch.rand(len(self.tau), generator=self.generator).clamp(1e-6, 1 - 1e-6).logit().to(self.tau)
         low, high = STRETCH
-        mask = (torch.sigmoid((noise + self.tau) / BETA) * (high - low) + low).clamp(0, 1)
-        return mask, (torch.sigmoid(self._logit()) * self.count).sum()
+        mask = (torch.sigmoid((noise + self.tau) / BETA) * (high - low) + low).clamp(0, 1) * self.open
+        return mask, (torch.sigmoid(self._logit()) * self.open * self.count).sum()
 
     def _logit(self) -> Tensor:
         low, high = STRETCH
@@ -97,7 +103,7 @@ class HardConcrete(NodeMasks):
 
     def scores(self) -> Float[Tensor, "groups"]:
         """The logit of P(m > 0): above 0 where a mask is more likely on than off."""
-        return self._logit().detach()
+        return self.ranked(self._logit().detach())
 
     @torch.no_grad()
     def start(self, scores: Float[Tensor, "groups"], on: int, top: float) -> None:

@@ -1,6 +1,8 @@
-"""Circuits for other programs: networkx graphs, GraphML, edge lists, JSON.
+"""Circuits for other programs: networkx graphs, GraphML, edge lists, JSON, and the circuit files of the MIB benchmark.
 
-In all of them a node is called as everywhere here, `3.attn.act_in.83`, and an edge is a kept weight.
+In all but the last, which knows whole components only (`distill.circuits.mib`), a node is called as everywhere here,
+`3.attn.act_in.83`, and an edge is a kept weight. Each form says its version: the JSON files and the graph as
+`format_version`, the edge list by its first line.
 """
 
 import csv
@@ -10,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.artifact import write_json
+from distill.artifact import FORMAT_VERSION, write_json
 from distill.circuits.circuit import Circuit, edge_list
+from distill.circuits.mib import write_mib
 from distill.model.run import Runnable
 from distill.model.sites import kind_of, layer_of, node_name
 
@@ -34,7 +37,8 @@ def to_networkx(circuit: Circuit, model: Runnable) -> "networkx.DiGraph":
             "networkx: is not installed, and graphs and GraphML need it: pip install networkx; "
             "edge lists (.csv) and .json do without"
         ) from error
-    head = {"model": circuit.model, "model_name": circuit.model_name, "task": circuit.task, "target": circuit.target}
+    head = {"format_version": FORMAT_VERSION, "model": circuit.model, "model_name": circuit.model_name}
+    head |= {"task": circuit.task, "target": circuit.target}
     losses = {f"loss_{name}": value for name, value in circuit.losses.items()}
     graph = networkx.DiGraph()
     graph.graph |= head | losses | circuit.counts(model)
@@ -72,22 +76,27 @@ def write_edge_list(circuit: Circuit, model: Runnable, path: str | Path) -> Path
 
 def write_summary(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
     """Writes `Circuit.to_json` with counts and kept edges. Returns the path."""
-    write_json(path, circuit.to_json(model))
+    write_json(path, {"format_version": FORMAT_VERSION, **circuit.to_json(model)})
     return Path(path)
 
 
-WRITERS: Mapping[str, Any] = {".graphml": write_graphml, ".csv": write_edge_list, ".json": write_summary}
+WRITERS: Mapping[str, Any] = {
+    ".graphml": write_graphml,
+    ".csv": write_edge_list,
+    ".mib.json": write_mib,
+    ".json": write_summary,
+}
 
 
 def export(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
-    """Writes a circuit in the form that the name of the file asks for: .graphml, .csv or .json. Returns the path.
+    """Writes a circuit in the form that the name of the file asks for, one of `WRITERS`. Returns the path.
 
-    ValueError for another name; see `to_networkx`.
+    ValueError for another name; see `to_networkx`, `distill.circuits.mib`.
     """
-    suffix = Path(path).suffix
-    if suffix not in WRITERS:
-        raise ValueError(f"path: {Path(path).name!r} ends in no known form; allowed are {', '.join(WRITERS)}")
-    return WRITERS[suffix](circuit, model, path)
+    for ending, write in WRITERS.items():
+        if Path(path).name.endswith(ending):
+            return write(circuit, model, path)
+    raise ValueError(f"path: {Path(path).name!r} ends in no known form; allowed are {', '.join(WRITERS)}")
 
 
 def _write(path: str | Path, text: str) -> Path:

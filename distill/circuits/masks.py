@@ -56,6 +56,9 @@ class NodeMasks(nn.Module):
     """
 
     count: Tensor
+    """Nodes per group."""
+    open: Tensor
+    """Which groups have not been closed."""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class NodeMasks(nn.Module):
         self.index = group_index(widths, tie_qk=tie_qk)
         groups = 1 + max(int(index.max()) for index in self.index.values())
         self.register_buffer("count", torch.zeros(groups))
+        self.register_buffer("open", torch.ones(groups, dtype=torch.bool))
         for index in self.index.values():
             self.count += torch.bincount(index, minlength=groups)
         generator = torch.Generator().manual_seed(seed)
@@ -80,7 +84,7 @@ class NodeMasks(nn.Module):
 
     def forward(self) -> tuple[dict[str, Tensor], Tensor]:
         """The masks by location, (width,) of 0 and 1, and the number of kept nodes, both with gradients to tau."""
-        mask = heaviside(self.tau, self.temperature)
+        mask = heaviside(self.tau, self.temperature) * self.open
         return self.spread(mask), (mask * self.count).sum()
 
     def spread(self, groups: Tensor) -> dict[str, Tensor]:
@@ -100,6 +104,15 @@ class NodeMasks(nn.Module):
         rank[order] = torch.arange(total, device=scores.device, dtype=scores.dtype)
         below = -(rank - on + 1) / max(total - on, 1)
         self.tau.copy_(top * torch.where(rank < on, 1 - rank / on, below))
+
+    def close(self, groups: Bool[Tensor, "groups"]) -> None:
+        """Takes groups out for good: their masks are 0 from here on, and tau gets no gradient."""
+        self.open = self.open & ~groups
+
+    def ranked(self, scores: Float[Tensor, "groups"]) -> Float[Tensor, "groups"]:
+        """Scores with those of closed groups moved below 0 and below all others, in the order they have."""
+        below = scores - scores.max() + scores.min().clamp_max(0) - 1
+        return torch.where(self.open, scores, below)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -140,7 +153,8 @@ class MaskTap:
             return x
         mask = self.masks[location].to(x)
         if location == site:
-            return self._protect(torch.addcmul((1 - mask) * self.means.at(site, x.shape[1]).to(x), x, mask), x)
+            # Exact at masks of 0 and of 1.
+            return self._protect(torch.lerp(self.means.at(site, x.shape[1]).to(x), x, mask), x)
         # The gradient to the mask passes at the node alone: through both places it would count the node twice.
         return self._protect(x * mask.detach(), x)
 

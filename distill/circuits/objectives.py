@@ -24,9 +24,11 @@ from torch.nn.functional import logsigmoid
 from distill.circuits.ablation import FreezeNorms, Means, resampled, task_means, zeros
 from distill.circuits.answers import answer_difference, frozen_norms, take, two_way_loss
 from distill.circuits.edges import EdgeSet, EdgeTap
-from distill.circuits.estimators import Estimator
+from distill.circuits.estimators import Estimator, as_nodes
+from distill.circuits.extraction import extract
 from distill.circuits.masks import MaskTap
 from distill.circuits.settings import PruneConfig, require
+from distill.circuits.standalone import Gates, Standalone
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
 from distill.model.sites import Tap, chain
@@ -116,6 +118,18 @@ def answer_kl(full: Float[Tensor, "n"], circuit: Float[Tensor, "n"]) -> Float[Te
     return right + (1 - p) * (logsigmoid(-full) - logsigmoid(-circuit))
 
 
+class Candidates(Standalone):
+    """A module of the nodes still in question, all of which compete for AbsTopK slots, whatever their gates are.
+
+    A node whose gate is 0 must be seen all the same, or the gate would have no gradient worth following.
+    """
+
+    def _nodes(self, location: str, z: Float[Tensor, "B T n"], at: Tensor, gates: Gates) -> Float[Tensor, "B T n"]:
+        gate = gates.nodes.get(location)
+        deviation = super()._nodes(location, z, at, Gates())
+        return deviation if gate is None else deviation * gate
+
+
 class Objective:
     """The losses of one step of learning, by name: `task`, and under faithful `faithful`."""
 
@@ -124,6 +138,18 @@ class Objective:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.worst = torch.rand(len(masks.count), generator=self.generator).to(masks.tau.device)
         """The restoration that gradient ascent follows, in [0, 1] by group."""
+        self.module: Candidates | None = None
+        """What is run instead of the model, once nodes are out for good."""
+
+    def narrow(self, kept: Bool[Tensor, "groups"], prompts: Prompts) -> None:
+        """From here on these groups alone are run, as a module of their own; the others stay ablated.
+
+        `prompts` hold every first token that there will be. Not for the faithful objective, which restores the others.
+        """
+        head, tensors = extract(
+            self.model, as_nodes(self.masks, kept), prompts.means, None, prompts.batch.tokens[:, 0].unique()
+        )
+        self.module = Candidates(head, {name: value.clone() for name, value in tensors.items()})
 
     def losses(self, prompts: Prompts, mask: Float[Tensor, "groups"]) -> dict[str, Tensor]:
         """Losses in nats with gradients to `mask`; pruned channels compete for AbsTopK slots here, as in the source.
@@ -131,6 +157,8 @@ class Objective:
         Without competition a dropped node would not know what it would be worth: its activation is zeroed before it is
         seen. Under faithful the worst restoration has its gradient in `self.worst.grad` after the backward pass.
         """
+        if self.module is not None:
+            return {"task": two_way_loss(self._narrowed(self.module, prompts, mask))}
         if self.config.objective == "paper":
             return {"task": two_way_loss(self._run(prompts, mask[None]))}
         self.worst = self.worst.detach().requires_grad_()
@@ -151,6 +179,12 @@ class Objective:
             for location, group in ((name, masks[:, index]) for name, index in self.masks.index.items())
         }
         return answer_difference(self.model, prompts.batch, prompts.tap(spread, competition=True))
+
+    def _narrowed(self, module: Candidates, prompts: Prompts, mask: Float[Tensor, "groups"]) -> Float[Tensor, "n"]:
+        channels = {location: module.channels(location) for location in self.masks.index}
+        # Locations that reach no write have no channels in the module, and no gates.
+        gates = {location: mask[self.masks.index[location][at]] for location, at in channels.items() if len(at)}
+        return module.gated_difference(prompts.batch, Gates(nodes=gates), prompts.norms)
 
     @torch.no_grad()
     def ascend(self) -> None:

@@ -6,7 +6,8 @@ The steps, each in the file that is named:
 2. *Learn* (`search`) a mask per node (`estimators`): minimise what the circuit has to do (`objectives`) + the price
 of a
    node * (number of kept nodes). The price is fixed, as in the source, or is found on the way (`controllers`): it rises
-   while the loss is under the target and falls while it is above, so that there is nothing to tune.
+   while the loss is under the target and falls while it is above, so that there is nothing to tune. Half-way nodes that
+   are far from being needed are taken out, and the rest is learned on a module of the others (`standalone`).
 3. *Discretise* (`selection`): rank the nodes by what was learned and find, on one fixed batch of validation prompts
    (`judge`), the smallest number of nodes that meets the goal: a grid first, as the loss is not monotone in the number
    kept, then bisection. From here on pruned channels do not compete for AbsTopK slots.
@@ -155,7 +156,7 @@ def guarded(
 
     def attempt(pairs: int) -> None:
         """One step of learning and one run of the judge with so many pairs at once."""
-        few = replace(config, rows=2 * pairs, pairs=min(config.pairs, pairs))
+        few = replace(config, rows=2 * pairs, pairs=min(config.pairs, pairs), shrink=0.0)
         val = take(split.val, torch.arange(min(pairs, len(split.val) // 2)))
         trial = Search(model, split.train, val, None, means, few, corpus)
         trial.learn(Goal(task=config.target, faithful=trial.limit), 1)

@@ -16,14 +16,14 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.artifact import versions, write_json
+from distill.artifact import ArtifactError, read_json, versions, write_json
 from distill.circuits.answers import answer_difference, frozen, two_way_loss
 from distill.circuits.circuit import Circuit
 from distill.circuits.faithfulness.ablations import ablations
 from distill.circuits.faithfulness.adversarial import adversarial
 from distill.circuits.faithfulness.check import Check, finite, said, skipped
 from distill.circuits.faithfulness.completeness import completeness
-from distill.circuits.faithfulness.controls import control_edges, controls
+from distill.circuits.faithfulness.controls import config_of, control_edges, controls
 from distill.circuits.faithfulness.curve import curve
 from distill.circuits.faithfulness.limits import Limits
 from distill.circuits.faithfulness.minimality import minimality
@@ -35,6 +35,7 @@ from distill.circuits.faithfulness.stability import reseeded, stability
 from distill.circuits.faithfulness.statistics import corrected
 from distill.circuits.faithfulness.stochastic import stochastic
 from distill.circuits.faithfulness.sufficiency import sufficiency
+from distill.circuits.prune import split_prompts
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import KINDS, MisfitError, Task, TaskBatch, encode, load_task, task_names
 from distill.model.run import Runnable
@@ -99,11 +100,19 @@ class Scorecard:
         return dict(zip(tested, corrected(list(tested.values())), strict=True))
 
     @property
+    def untested(self) -> tuple[str, ...]:
+        """Names of the checks that were not run or could not be asked: they speak neither for nor against it."""
+        asked = {check.name for check in self.checks if check.verdict != "skipped"}
+        return tuple(name for name in CHECKS if name not in asked)
+
+    @property
     def head(self) -> str:
-        """The verdict without its reasons: faithful within tested limits, suspicious, or artefact."""
+        """The verdict without its reasons: faithful within tested limits, suspicious, artefact, or not tested."""
         if any(check.verdict == "artefact" for check in self.checks):
             return "artefact"
-        return "suspicious" if self.flags else "faithful within tested limits"
+        if self.flags:
+            return "suspicious"
+        return "faithful within tested limits" if len(self.untested) < len(CHECKS) else "not tested"
 
     @property
     def verdict(self) -> str:
@@ -117,7 +126,7 @@ class Scorecard:
         open_ones = [f"{name} (p {p:.2g})" for name, p in self.chances.items() if p > SIGNIFICANT]
         if open_ones:
             words += f"; chance is not excluded for {', '.join(open_ones)}"
-        return words
+        return f"{words}; not tested: {', '.join(self.untested)}" if self.untested else words
 
     def table(self) -> str:
         """The scorecard for a terminal."""
@@ -154,6 +163,7 @@ class Scorecard:
             "task": self.task,
             "verdict": self.verdict,
             "flags": list(self.flags),
+            "untested": list(self.untested),
             "checks": [{**check.to_json(), "p_corrected": chances.get(check.name)} for check in self.checks],
             "about": dict(self.about),
             "limits": asdict(self.limits),
@@ -174,6 +184,23 @@ def _line(name: str, *cells: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else said(value)
+
+
+def check_free(path: Path, circuit: Circuit) -> None:
+    """Refuses a path where something else lies than an earlier scorecard of this task in this model.
+
+    To be asked before the checks run. ArtifactError, a ValueError, saying what lies there.
+    """
+    if not path.exists():
+        return
+    found = read_json(path, what="scorecard")
+    if not isinstance(found, dict) or not {"checks", "verdict", "task", "model"} <= set(found):
+        raise ArtifactError(f"{path}: is no scorecard and will not be overwritten; choose another folder")
+    if (found["task"], found["model"]) != (circuit.task, circuit.model_name):
+        raise ArtifactError(
+            f"{path}: is the scorecard of a circuit of {found['task']!r} in {found['model']!r} and will not be "
+            f"overwritten by that of {circuit.task!r} in {circuit.model_name!r}; choose another folder"
+        )
 
 
 def scorecard(
@@ -197,7 +224,7 @@ def scorecard(
         card = judge(subject.model, circuit, evidence, limits=limits, seed=seed, full=full, name=name)
         if not full:
             return card
-        return _pruned_again(card, subject, task, circuit, evidence)
+        return _pruned_again(card, subject, task, circuit)
 
 
 def gather(subject: Subject, task: Task, limits: Limits, *, seed: int = 0) -> Evidence:
@@ -258,14 +285,15 @@ def judge(
     runs = Runs(model, circuit)
     test = evidence.test.to(runs.device)
     few = runs.first(test, few_pairs(test, limits))
+    fewer = runs.first(test, min(few_pairs(test, limits), limits.control_pairs))
     common: dict[str, Any] = {"limits": limits, "runs": runs}
     drawn = {**common, "seed": seed}
     corpus = evidence.corpus
     todo: dict[str, Callable[[], Check]] = {
-        "sufficiency": lambda: sufficiency(model, circuit, test, **common),
-        "ablations": lambda: ablations(model, circuit, few, corpus, **drawn),
+        "sufficiency": lambda: sufficiency(model, circuit, test, **drawn),
+        "ablations": lambda: ablations(model, circuit, fewer, corpus, **drawn),
         "curve": lambda: curve(model, circuit, few, **common),
-        "necessity": lambda: necessity(model, circuit, few, others=evidence.others, corpus=corpus, **drawn),
+        "necessity": lambda: necessity(model, circuit, fewer, others=evidence.others, corpus=corpus, **drawn),
         "stochastic": lambda: stochastic(model, circuit, few, **drawn),
         "adversarial": lambda: adversarial(model, circuit, _next(test, len(few) // 2), few, **drawn),
         "role": lambda: role(model, circuit, few, corpus, **drawn),
@@ -312,11 +340,11 @@ def _shift(model: Runnable, circuit: Circuit, shifted: TaskBatch | None, common:
 
 def about(model: Runnable, circuit: Circuit) -> dict[str, Any]:
     """What a size is to be reported with: target, ablation, norms, losses before and after calibration, seed."""
-    known = circuit.provenance
+    known, counts = circuit.provenance, circuit.counts(model)
     return {
         "fingerprint": circuit.model,
         "target": circuit.target,
-        "counts": {name: finite(float(value)) for name, value in circuit.counts(model).items()},
+        "counts": {name: value if isinstance(value, int) else finite(value) for name, value in counts.items()},
         "losses": dict(circuit.losses),
         "objective": known.get("config", {}).get("objective"),
         "ablation": known.get("ablation"),
@@ -326,7 +354,7 @@ def about(model: Runnable, circuit: Circuit) -> dict[str, Any]:
     }
 
 
-def _pruned_again(card: Scorecard, subject: Subject, task: Task, circuit: Circuit, evidence: Evidence) -> Scorecard:
+def _pruned_again(card: Scorecard, subject: Subject, task: Task, circuit: Circuit) -> Scorecard:
     """The scorecard with the two checks that prune: controls and stability."""
     model, tokenizer, limits = subject.model, subject.tokenizer, card.limits
     seconds = dict(card.seconds)
@@ -344,7 +372,8 @@ def _pruned_again(card: Scorecard, subject: Subject, task: Task, circuit: Circui
 
     def other_rules() -> Check:
         edges = control_edges(model, task, tokenizer, circuit, subject.sample, seed=card.seed)
-        return controls(model, circuit, edges, n=len(evidence.test), seed=card.seed, limits=limits)
+        deciding = split_prompts(task, tokenizer, config_of(circuit), context=model.context).val
+        return controls(model, circuit, edges, n=len(deciding), seed=card.seed, limits=limits)
 
     timed("controls", other_rules)
     timed("stability", other_seeds)

@@ -5,7 +5,7 @@ code:
 screen, learn, discretise, clean up nodes and edges, verify.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,18 +18,23 @@ from distill.circuits.attribution import attribute
 from distill.circuits.controllers import Controller, new_controller
 from distill.circuits.edges import EdgeSet, edge_total, edges_between, induced_edge_set
 from distill.circuits.estimators import as_groups, as_nodes, new_masks
-from distill.circuits.judge import Judge
+from distill.circuits.judge import SMALL, Judge
+from distill.circuits.masks import Nodes
 from distill.circuits.objectives import Objective, ablation_means, observe, restorations
 from distill.circuits.selection import TargetError, discretise, first, ranking, smallest
 from distill.circuits.settings import Goal, PruneConfig
 from distill.circuits.tasks import TaskBatch
-from distill.circuits.thinning import clean_up_edges, drop_dangling, thin_out
+from distill.circuits.thinning import clean_up_edges, thin_out, trim_dangling
 from distill.model.run import Runnable
 
 DRAWS = 8
 """Random restorations that node sets are judged under, one for each pair of prompts in turn."""
+FAR = 6
+"""Multiple of the masks that are on from which on a goal counts as far off."""
 Spent = Callable[[], float]
 """Share of the time there is that has passed; a stage ends at 1."""
+Part = tuple[Tensor, EdgeSet | None]
+"""Groups of nodes, and which of the edges between them; None for all."""
 
 
 def never() -> float:
@@ -104,19 +109,37 @@ class Search:
         self.masks.start(self.scores, on, config.start_spread)
 
     def learn(self, goal: Goal, steps: int, spent: Spent = never) -> None:
-        """Learns the masks for some steps [G A.5], with the controller as it was left by an earlier call."""
+        """Learns the masks for some steps [G A.5], with the price as it was left by an earlier call.
+
+        The last of the steps run the nodes alone that are still in question (`PruneConfig.shrink`), with a course of
+        the rate of their own.
+        """
         config = self.config
         if config.estimator == "attribution":
             return
+        price = getattr(self.controller, "price", None)
+        self.controller = new_controller(config, goal, self.total, price=price)
+        able = self.limit is None and self.judge.separable
+        whole = steps - round(config.shrink * steps) if able else steps
+        self._learn(self.controller, 0, whole, steps, spent)
+        if whole < steps:
+            self._narrow(goal)
+            self._learn(self.controller, whole, steps, steps, spent)
+        self.scores = self.masks.scores()
+        if config.objective == "faithful":
+            self._restore()
+
+    def _learn(self, controller: Controller, start: int, stop: int, steps: int, spent: Spent) -> None:
+        """Some of the steps, as many as there is time for."""
+        config = self.config
         betas = (config.beta1, config.beta2)
         optimizer = torch.optim.AdamW([self.masks.tau], lr=config.rate, betas=betas, weight_decay=config.weight_decay)
-        price = getattr(self.controller, "price", None)
-        self.controller = controller = new_controller(config, goal, self.total, price=price)
-        for step in range(steps):
-            progress = max(step / steps, spent())
-            if progress >= 1:
-                break
-            optimizer.param_groups[0]["lr"] = config.rate * _rate(progress, config.warmup, 1 / steps)
+        for step in range(start, stop):
+            at = max(step, spent() * steps)
+            if at >= stop:
+                return
+            share = (at - start) / (stop - start)
+            optimizer.param_groups[0]["lr"] = config.rate * _rate(share, config.warmup, 1 / (stop - start))
             mask, count = self.masks.sample()
             losses = self.objective.losses(self.train.take(self.order.next()), mask)
             optimizer.zero_grad()
@@ -125,12 +148,20 @@ class Search:
             optimizer.step()
             self.masks.clamp()
             self.objective.ascend()
-            controller.update(
-                {name: float(loss.detach()) for name, loss in losses.items()}, float(count.detach()), progress
-            )
-        self.scores = self.masks.scores()
-        if config.objective == "faithful":
-            self._restore()
+            found = {name: float(loss.detach()) for name, loss in losses.items()}
+            controller.update(found, float(count.detach()), at / steps)
+
+    def _narrow(self, goal: Goal) -> None:
+        """Takes out for good what is far from being needed, where little enough is left to be a module of its own."""
+        scores = self.masks.scores()
+        on = int((scores > 0).sum())
+        count = smallest(scores, lambda kept: self.judge.meets(kept, goal))
+        # Where the goal is far off, what validation prompts ask for says little.
+        count = on if count is None or count > FAR * on else max(on, count)
+        kept = first(ranking(scores), round(self.config.candidates * count)) & self.masks.open
+        if 0 < int(self.masks.count[kept].sum()) <= SMALL * self.total:
+            self.masks.close(~kept)
+            self.objective.narrow(kept, self.train)
 
     def _restore(self) -> None:
         """Fixes what both judges restore, the worst restoration as learning left it."""
@@ -176,37 +207,52 @@ class Search:
         thin_out(kept, lambda kept: self.judge.importance(kept, goal), meets, runs=self.config.clean_up, spent=spent)
         return path
 
-    def clean_up_edges(
-        self, kept: Bool[Tensor, "groups"], goal: Goal, spent: Spent = never
-    ) -> tuple[Tensor, EdgeSet | None]:
-        """Removes edges as long as the goal is met, then what hangs loose; None keeps all."""
-        nodes = as_nodes(self.masks, kept)
+    def clean_up_edges(self, kept: Bool[Tensor, "groups"], goal: Goal, spent: Spent = never) -> list[Part]:
+        """Removes edges as long as the goal is met, then what hangs loose; every part that met it, the smallest last.
+
+        The first one is `kept` with all of its edges.
+        """
+        nodes, before, budget = as_nodes(self.masks, kept), self.judge.runs, self.config.edge_clean_up
         start = induced_edge_set(self.model, nodes)
-        if not self.config.edge_clean_up or not any(index.shape[1] for index in start.values()):
-            return kept, None
+        path: list[Part] = [(kept, None)]
+        if not budget or not edge_total(start):
+            return path
+
+        def meets(kept: Tensor, edges: EdgeSet) -> bool:
+            done = self.judge.meets(kept, goal, edges)
+            if done:
+                path.append((kept, edges))
+            return done
+
         edges = clean_up_edges(
             start,
             lambda edges: self.judge.edge_importance(kept, edges),
-            lambda edges: self.judge.meets(kept, goal, edges),
-            runs=self.config.edge_clean_up,
+            lambda edges: meets(kept, edges),
+            runs=budget,
             spent=spent,
         )
-        # Masks that a tied pair shares stay as long as one of the two is in use.
-        used = as_groups(self.masks, drop_dangling(self.model, nodes, edges)[0]) > 0
-        joining = edges_between(edges, as_nodes(self.masks, used))
-        return (used, joining) if self.judge.meets(used, goal, joining) else (kept, edges)
 
-    def verified(self, path: list[Tensor], target: float) -> tuple[Bool[Tensor, "groups"], bool]:
-        """The last set of a clean-up that meets the target on the second held-out prompts, and whether there is one.
+        def without(nodes: Nodes, _: EdgeSet) -> bool:
+            # Masks that a tied pair shares stay as long as one of the two is in use.
+            used = as_groups(self.masks, nodes) > 0
+            return meets(used, edges_between(edges, as_nodes(self.masks, used)))
 
-        Without second prompts, and where no set does, the last one.
+        left = max(1, budget - (self.judge.runs - before))
+        trim_dangling(self.model, nodes, edges, without, runs=left, spent=spent)
+        return path
+
+    def verified(self, path: Sequence[Part], target: float) -> tuple[Part, bool]:
+        """The last part on the way of a clean-up that meets the target on the second held-out prompts, and whether
+        there is one.
+
+        Without second prompts, and where no part does, the last one.
         """
         if self.second is None:
             return path[-1], False
         goal = Goal(task=target, faithful=self.limit)
-        for kept in reversed(path):
-            if self.second.meets(kept, goal):
-                return kept, True
+        for kept, edges in reversed(path):
+            if self.second.meets(kept, goal, edges):
+                return (kept, edges), True
         return path[-1], False
 
     @property
@@ -233,9 +279,9 @@ class Search:
         lap: Callable[[str], object] = str,
     ) -> Found:
         """From a set that meets a goal to a circuit: clean up nodes, verify, clean up edges."""
-        kept, verified = self.verified(self.clean_up(kept, goal, spent), target)
+        (kept, _), _ = self.verified([(kept, None) for kept in self.clean_up(kept, goal, spent)], target)
         lap("clean_up")
-        kept, edges = self.clean_up_edges(kept, goal, spent)
+        (kept, edges), verified = self.verified(self.clean_up_edges(kept, goal, spent), target)
         lap("clean_up_edges")
         return Found(kept=kept, edges=edges, goal=goal, nodes_before=nodes_before, verified=verified)
 

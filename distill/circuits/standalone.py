@@ -340,7 +340,7 @@ class Standalone(nn.Module):
             mean = values.cumsum(1)
             if ahead is not stream:
                 mean = mean[torch.arange(len(mean), device=mean.device), ahead.at[:, 0]][:, None]
-            delta = delta + ops.linear(mean * self._row(f"{name}/even", ahead.at), weight[:, still], None)
+            delta = delta + _product(mean * self._row(f"{name}/even", ahead.at), weight[:, still])
         if name not in self.head.widths:
             return delta
         k = self._heads(f"{name}.k", read, stream, gates)
@@ -355,7 +355,7 @@ class Standalone(nn.Module):
         # What is ablated is mixed along with what is kept, each in slots of its own.
         chosen, slot = self._tensor(f"{name}.v/from"), self._tensor(f"{name}.v/slot")
         out = self._tensor(f"{name}/anchor").index_copy(1, slot, weight[:, chosen])
-        return delta + ops.linear(ops.merge_heads(mixed), out, None)
+        return delta + _product(ops.merge_heads(mixed), out)
 
     def _heads(
         self, location: str, read: Float[Tensor, "B T n"], stream: _Stream, gates: Gates
@@ -451,7 +451,8 @@ def _rows(table: Float[Tensor, "rows n"], at: Int[Tensor, "*at"]) -> Tensor:
 def _product(x: Float[Tensor, "*rows sources"], weight: Float[Tensor, "targets sources"]) -> Tensor:
     if not weight.numel():
         return x.new_zeros(*x.shape[:-1], len(weight))
-    return ops.linear(x, weight, None)
+    # Compiled maps gain by the zeros of a weight, but their way back is meant for larger ones.
+    return F.linear(x, weight) if torch.is_grad_enabled() else ops.linear(x, weight, None)
 
 
 def _source(target: str) -> str:

@@ -63,11 +63,10 @@ class SweepConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values) or not values:
                 raise ValueError(f"{name}: got {list(values)}; allowed are one or more, each once")
-        for name, labels in (("models", [Path(model).name for model in self.models]),):
-            if len(set(labels)) < len(labels):
-                raise ValueError(
-                    f"{name}: two are called {sorted(labels)[0]!r}; files are named after them, so rename one"
-                )
+        labels = [Path(model).name for model in self.models]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"models: two are called {label!r}; files are named after them, so rename one")
 
 
 @dataclass(frozen=True, kw_only=True)

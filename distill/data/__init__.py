@@ -3,7 +3,9 @@
 from distill.data.corpus import Corpus, Document, read_corpus
 from distill.data.prepare import prepare
 from distill.data.sample import load_sample, save_sample, spread_windows
+from distill.data.stream import Stream, prepare_stream
 from distill.data.tokens import (
+    Batches,
     Sampler,
     TokenData,
     batch_at,
@@ -17,15 +19,18 @@ from distill.data.tokens import (
 )
 
 __all__ = [
+    "Batches",
     "Corpus",
     "Document",
     "Sampler",
+    "Stream",
     "TokenData",
     "batch_at",
     "load_ids",
     "load_sample",
     "pack",
     "prepare",
+    "prepare_stream",
     "read_corpus",
     "save_ids",
     "save_sample",

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib import metadata
@@ -224,12 +224,22 @@ def _reading(source: str, seed: int, max_bytes: int | None) -> _Reading:
     if colon and kind == "idioms":
         return _Reading(source, "MIT", _idioms(source, rest, seed))
     if colon and kind == "hf":
-        return _Reading(source, UNKNOWN_LICENCE, _hugging_face(source, rest, max_bytes))
+        return _Reading(source, UNKNOWN_LICENCE, _hugging_face(source, max_bytes))
     folder = Path(rest if colon and kind == "folder" else source)
     if not folder.is_dir():
         problem = "no such folder" if kind == "folder" or os.sep in source else "unknown source"
         raise ValueError(f"source {source!r}: {problem}; allowed are {ALLOWED_SOURCES}")
     return _Reading(source, UNKNOWN_LICENCE, _folder(folder))
+
+
+def reading(source: str, seed: int) -> Iterator[tuple[str, str | None]]:
+    """Names and texts of a source as `read_corpus` takes it, None for a text that is not UTF-8; same errors."""
+    return _reading(source, seed, None).documents
+
+
+def side_of(text: str, seed: int) -> float:
+    """Where a text falls in [0, 1), for splits by text: equal texts fall on the same side."""
+    return _place(_digest(text), seed, "side")
 
 
 def _stdlib() -> Iterator[tuple[str, str | None]]:
@@ -318,19 +328,33 @@ def _generated(wanted: float, seed: int) -> Iterator[tuple[str, str | None]]:
             return
 
 
-def _hugging_face(source: str, address: str, max_bytes: int | None) -> Iterator[tuple[str, str | None]]:
+def _hugging_face(source: str, max_bytes: int | None) -> Iterator[tuple[str, str | None]]:
     """Rows of a dataset's text column; opened at once, so that a wrong name or column is told at once."""
+    data, column, prefix = open_dataset(source, streaming=max_bytes is not None)
+    return _rows(source, prefix, data, column, max_bytes)
+
+
+def open_dataset(source: str, *, streaming: bool) -> tuple[Any, str, str]:
+    """A dataset of Hugging Face, on the hub or in a folder of JSON lines, parquet or text files.
+
+    Arguments:
+        source: hf:NAME[:CONFIG][@SPLIT][#COLUMN].
+        streaming: whether its rows are fetched one after the other, as they are asked for.
+
+    Returns the dataset with the text column alone, the name of that, and a prefix for the names of its rows. Raises
+    ValueError in one line for a dataset, split or column that is not there, and a hub out of reach.
+    """
     from datasets import load_dataset  # takes a second to import, and most corpora do not need it
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    address, _, column = address.partition("#")
+    address, _, column = source.removeprefix("hf:").partition("#")
     address, _, split = address.partition("@")
     name, _, config = address.partition(":")
     if not name:
         raise ValueError(f"source {source!r}: no dataset is named; allowed is hf:NAME[:CONFIG][@SPLIT][#COLUMN]")
     split = split or "train"
     try:
-        data = load_dataset(name, config or None, split=split, streaming=max_bytes is not None)
+        data = load_dataset(name, config or None, split=split, streaming=streaming)
     except DatasetNotFoundError:
         raise ValueError(f"source {source!r}: no dataset {name!r} was found on the hub or as a folder") from None
     except ConnectionError as error:
@@ -343,20 +367,25 @@ def _hugging_face(source: str, address: str, max_bytes: int | None) -> Iterator[
         got = f"has no column {column!r}" if column else f"has no column named {' or '.join(TEXT_COLUMNS)}"
         raise ValueError(f"source {source!r}: {got}, add #COLUMN; allowed are {', '.join(columns)}")
     short = Path(name).name if Path(name).is_dir() else name
-    return _rows(source, f"{short}/{config or 'default'}/{split}", data.select_columns([column]), column, max_bytes)
+    return data.select_columns([column]), column, f"{short}/{config or 'default'}/{split}"
 
 
 def _rows(source: str, prefix: str, data: Any, column: str, max_bytes: int | None) -> Iterator[tuple[str, str | None]]:
     read = 0
     for index, row in enumerate(data):
-        text = row[column]
-        if not isinstance(text, str):
-            raise ValueError(f"source {source!r}: column {column!r} holds {type(text).__name__}, needed is text")
-        encoded = text.encode("utf-8", "replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
-        yield f"{prefix}/{index}", encoded.decode()
-        read += len(encoded)
+        text = text_of(row, column, source)
+        yield f"{prefix}/{index}", text
+        read += len(text.encode())
         if max_bytes is not None and read > max_bytes:
             return
+
+
+def text_of(row: Mapping[str, Any], column: str, source: str) -> str:
+    """The text of a row of a dataset; ValueError where the column holds something else."""
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"source {source!r}: column {column!r} holds {type(text).__name__}, needed is text")
+    return text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
 
 
 def _one_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ class TokenData:
             raise ArtifactError(f"{folder}: its manifest does not describe token ids: {error}") from None
         if dtype not in (np.uint16, np.uint32) or any(size % dtype.itemsize for size in files):
             raise ArtifactError(f"{folder}: dtype {dtype} does not fit files of {files} bytes")
-        train, heldout = (_mapped(folder / f"{side}.bin", dtype) for side in SIDES)
+        train, heldout = (mapped(folder / f"{side}.bin", dtype) for side in SIDES)
         return cls(train=train, heldout=heldout, vocab_size=vocab_size, fingerprint=own, record=record, folder=folder)
 
     @classmethod
@@ -141,13 +141,17 @@ class TokenData:
 
         Raises ValueError for ids that are not whole numbers on one axis from 0 to below vocab_size.
         """
-        dtype = _dtype(vocab_size)
+        dtype = ids_type(vocab_size)
         sides: dict[str, np.ndarray] = dict(zip(SIDES, (np.asarray(train), np.asarray(heldout)), strict=True))
         for side, ids in sides.items():
             _check_ids(ids, vocab_size, side)
             sides[side] = ids.astype(dtype)
         own = _fingerprint(sides, vocab_size)
         return cls(train=sides["train"], heldout=sides["heldout"], vocab_size=vocab_size, fingerprint=own, record={})
+
+    def batches(self, *, batch: int, context: int, seed: int) -> "Sampler":
+        """The batches of a training."""
+        return Sampler(self.train, batch=batch, context=context, seed=seed)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the ids. Raises ValueError for ids in memory, which have none."""
@@ -180,7 +184,7 @@ def pack(
     if not isinstance(end, int):
         raise ValueError("tokenizer: has no end-of-text token (eos_token), which must stand between documents")
     vocab_size = vocabulary_size(tokenizer)
-    dtype = _dtype(vocab_size)
+    dtype = ids_type(vocab_size)
     record = corpus.record()
     # The manifest is written when the folder closes, and takes what was counted until then from this dict.
     extra: dict[str, Any] = {"vocab_size": vocab_size, "dtype": dtype.name, "end_of_text": end, "corpus": record}
@@ -192,22 +196,28 @@ def pack(
         data=record["fingerprint"],
         extra=extra,
     )
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
+    encoder = encoder_of(tokenizer)
     with fresh_folder(out, provenance, replace=replace) as folder:
         for side, documents in zip(SIDES, (corpus.train, corpus.heldout), strict=True):
             with open(folder / f"{side}.bin", "wb") as file:
                 for ids in _encoded(encoder, documents, end, dtype, side):
                     ids.tofile(file)
         tokenizer.save_pretrained(folder / "tokenizer")
-        sides: dict[str, np.ndarray] = {side: _mapped(folder / f"{side}.bin", dtype) for side in SIDES}
+        sides: dict[str, np.ndarray] = {side: mapped(folder / f"{side}.bin", dtype) for side in SIDES}
         extra["tokens"] = {side: len(ids) for side, ids in sides.items()}
         extra["tokenizer"] = tokenizer_fingerprint(tokenizer)
         extra["fingerprint"] = _fingerprint(sides, extra["tokenizer"])
         del sides
     return TokenData.load(out)
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """What encodes whole documents; text that spells a special token is plain text to it."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
 
 
 def _encoded(
@@ -235,7 +245,8 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[str]]:
         yield batch
 
 
-def _dtype(vocab_size: int) -> np.dtype:
+def ids_type(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type, of 16 or 32 bits, that holds the ids of a vocabulary; ValueError where none does."""
     if not 1 <= vocab_size <= 2**32:
         raise ValueError(f"vocab_size: got {vocab_size}, allowed are 1 to {2**32}")
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -246,7 +257,8 @@ def _fingerprint(sides: Mapping[str, np.ndarray], vocabulary: str | int) -> str:
     return fingerprint({"vocabulary": vocabulary, **{side: ids for side, ids in sides.items() if len(ids)}})
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file of ids, not read but mapped."""
     if path.stat().st_size == 0:  # nothing to map
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r")
@@ -274,7 +286,7 @@ def save_ids(path: str | Path, ids: np.ndarray, *, vocab_size: int, record: Mapp
     Raises ValueError for ids out of range.
     """
     _check_ids(np.asarray(ids), vocab_size, "ids")
-    tensor = torch.from_numpy(np.array(ids, _dtype(vocab_size)))
+    tensor = torch.from_numpy(np.array(ids, ids_type(vocab_size)))
     save_tensors(path, {"ids": tensor}, {"kind": _IDS_KIND, "vocab_size": vocab_size, "record": dict(record or {})})
 
 
@@ -296,6 +308,23 @@ def load_ids(path: str | Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Where the batches of a training come from; several processes share each of them."""
+
+    def rows(self, step: int, part: int, parts: int) -> Int[Tensor, "rows T1"]:
+        """Token ids (int64) of the `part`-th of `parts` equal shares of the batch of `step`; steps come in order."""
+        ...
+
+    def position(self) -> dict[str, Any]:
+        """Where this process has got to, as JSON values."""
+        ...
+
+    def restore(self, positions: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on where all processes had got to, each by its `position`."""
+        ...
 
 
 class Sampler:
@@ -321,6 +350,18 @@ class Sampler:
         self.ids, self.batch_size, self.context, self.seed = ids, batch, context, seed
         self.epoch_windows = max(1, (len(ids) - context) // context)
         self._starts = min(context, len(ids) - self.epoch_windows * context)
+
+    def rows(self, step: int, part: int, parts: int) -> Int[Tensor, "rows T1"]:
+        """As `Batches`; the whole batch is `batch`."""
+        share = self.batch_size // parts
+        return self.batch(step)[part * share :][:share]
+
+    def position(self) -> dict[str, Any]:
+        """Nothing: a batch follows from its step."""
+        return {}
+
+    def restore(self, positions: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
 
     def batch(self, step: int) -> Int[Tensor, "{self.batch_size} {self.context}+1"]:
         """Token ids (int64) of a step, counted from 0; column t + 1 is the target of column t.

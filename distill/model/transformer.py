@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from distill.model import operations as ops
 from distill.model.architecture import ACTIVATIONS as ACTIVATIONS
 from distill.model.architecture import LARGEST_BIGRAM as LARGEST_BIGRAM
 from distill.model.architecture import RESIDUAL_TOPK, Architecture, SparseTransformerConfig
 from distill.model.compact import load_compact, save_compact
+from distill.model.openai import read_checkpoint
 from distill.model.run import Context, Runnable
 from distill.model.sites import Tap, layer_of, node_locations, wants
 from distill.model.topk import abs_topk
@@ -119,6 +121,19 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(SparseTransformerConfig(**asdict(architecture)))
+
+    @classmethod
+    def from_openai(cls, folder: str | os.PathLike[str]) -> "SparseTransformer":
+        """A checkpoint that OpenAI released (`beeg_config.json`, `final_model.pt`), in evaluation mode, on the CPU.
+
+        ArtifactError, a ValueError, names the file and the option or tensor that is missing, unknown or impossible.
+        """
+        checkpoint = read_checkpoint(folder)
+        with torch.device("meta"):
+            model = cls(SparseTransformerConfig(**asdict(checkpoint.architecture)))
+        model.load_state_dict(checkpoint.tensors, assign=True)
+        model.tie_weights()
+        return model.eval()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -331,6 +346,8 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         _check_fits(folder / COMPACT_FILE, state, model.state_dict())
         model.load_state_dict(state)
         model.tie_weights()
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return nn.Module.to(model, _dtype(kwargs.get("dtype", kwargs.get("torch_dtype")), state)).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -2,8 +2,8 @@
 
 `checkpoints/step-00000100/` holds `weights.safetensors` (trained parameters and buffers; frozen ones do not change),
 `moments.safetensors` (the optimiser's state), `candidates.safetensors` (of the candidate mode) and `state.json` (step,
-configuration, random state). A folder appears
-whole or not at all, so a killed process or a full disk leaves the one before it. The position in the data is the step.
+configuration, random state, position in streamed data, held-out loss). A folder appears whole or not at all, so a
+killed process or a full disk leaves the one before it. Tensors that are spread over processes are stored whole.
 """
 
 import random
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.artifact import (
     MANIFEST,
@@ -43,28 +44,42 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{MANIFEST}"))
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of lowest held-out loss among those at the target fraction; none where there is none.
+
+    While the kept fraction is above its target a model has a lower loss than the sparse one that it becomes.
+    """
+    found = []
+    for path in checkpoints(folder):
+        state = read_json(path / STATE, what="training state")
+        loss = state.get("heldout_loss") if isinstance(state, dict) and state.get("at_target") else None
+        if isinstance(loss, int | float):
+            found.append((loss, path))
+    return min(found)[1] if found else None
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
-    modules: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     *,
     candidates: Mapping[str, Tensor],
     state: Mapping[str, Any],
     provenance: Provenance,
     keep: int,
+    keep_best: bool = False,
 ) -> Path:
     """Write a checkpoint, then delete all but the `keep` newest.
 
     Arguments:
         folder: the run.
         step: optimiser steps done.
-        modules: what is trained.
-        optimizer: the optimiser of its parameters.
+        tensors: weights and moments, of `whole_tensors`.
         candidates: tensors that `load_checkpoint` shall give back (`CandidateTraining.tensors`).
-        state: JSON values that `load_checkpoint` shall give back.
+        state: JSON values that `load_checkpoint` shall give back; `heldout_loss` and `at_target` say which is best.
         provenance: of the run.
         keep: checkpoints that stay, 1 and more.
+        keep_best: whether `best_checkpoint` stays too.
 
     Returns the checkpoint's folder. Raises `ArtifactError` or `OSError` when it cannot be written; the earlier ones
     stay as they are then.
@@ -72,13 +87,35 @@ def save_checkpoint(
     path = checkpoint_path(folder, step)
     origin = replace(provenance, kind="run", extra={**provenance.extra, "step": step})
     with fresh_folder(path, origin, replace=True) as fresh:
-        save_tensors(fresh / WEIGHTS, _state_tensors(modules), {"kind": "weights"})
-        save_tensors(fresh / MOMENTS, _moments(modules, optimizer), {"kind": "moments"})
+        save_tensors(fresh / WEIGHTS, tensors[0], {"kind": "weights"})
+        save_tensors(fresh / MOMENTS, tensors[1], {"kind": "moments"})
         save_tensors(fresh / CANDIDATES, dict(candidates), {"kind": "candidates"})
         write_json(fresh / STATE, {"step": step, **state, "random": random_state()})
+    best = best_checkpoint(folder) if keep_best else None
     for old in checkpoints(folder)[:-keep]:
-        remove_folder(old, "run")
+        if old != best:
+            remove_folder(old, "run")
     return path
+
+
+def whole_tensors(modules: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and moments for a checkpoint. Where tensors are spread over processes, all of these have to call it."""
+    weights, moments = _state_tensors(modules), _moments(modules, optimizer)
+    return {n: whole(t) for n, t in weights.items()}, {n: whole(t) for n, t in moments.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is spread over processes, which all have to call this; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, on the device of `model` and spread as that is."""
+    tensor = tensor.to(model.device)
+    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+        return tensor
+    # Every process has read all of it, so each takes its own part.
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def load_checkpoint(
@@ -102,12 +139,12 @@ def load_checkpoint(
         raise ArtifactError(f"{path / WEIGHTS}: was made by other modules, they differ in {names[0]!r}")
     with torch.no_grad():
         for name, tensor in current.items():
-            tensor.copy_(weights[name])
+            tensor.copy_(_like(weights[name], tensor))
     by_name = dict(modules.named_parameters())
     optimizer.state.clear()
     for key, tensor in moments.items():
         name, _, slot = key.rpartition("/")
-        optimizer.state[by_name[name]][slot] = tensor.to(by_name[name].device)
+        optimizer.state[by_name[name]][slot] = _like(tensor, by_name[name])
     try:
         restore_random_state(state["random"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -45,3 +45,19 @@ def heldout_loss(model: Runnable, windows: Int[Tensor, "n T1"], *, batch: int = 
     Arguments and errors as for `per_token_losses`.
     """
     return float(per_token_losses(model, windows, batch=batch).double().mean())
+
+
+@torch.no_grad()
+def continuation(model: Runnable, prompt: Int[Tensor, " n"], number: int) -> Int[Tensor, " m"]:
+    """The `number` tokens that a model goes on with, each the likeliest one; on the CPU.
+
+    Arguments:
+        model: run as it is, on the device where it lies; it looks back as far as its context reaches.
+        prompt: token ids, one at least.
+        number: how many, 0 and more.
+    """
+    tokens = prompt.to(next(iter(model.parameters())).device, torch.int64)[None]
+    for _ in range(number):
+        logits = model.run(tokens[:, -model.context :])
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    return tokens[0, len(prompt) :].cpu()

@@ -57,9 +57,11 @@ class ProjectedAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         floors: Mapping[nn.Parameter, tuple[int, int | None]],
+        late: Collection[nn.Parameter] = (),
     ) -> None:
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self._floors = floors
+        self._late = frozenset(late)
         self._owned: dict[nn.Parameter, kernels.Projected] = {}
         self._thresholds = Thresholds()
         self.nonzeros = sum(p.numel() for group in groups for p in group["params"] if group["name"] == "sparse")
@@ -72,6 +74,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         *,
         scale: float = 1.0,
         fraction: float | None = None,
+        late: float | None = None,
         without: Collection[nn.Parameter] = (),
     ) -> None:
         """One step on the gradients times `scale`, after which they are used up.
@@ -80,6 +83,7 @@ class ProjectedAdamW(torch.optim.AdamW):
             closure: none: the loss is not evaluated again.
             scale: what each gradient is multiplied with first.
             fraction: share of entries that stay in each sparse parameter, in [0, 1]; none: nothing is projected.
+            late: the same share for the parameters that are cut late; none: `fraction`.
             without: parameters that somebody else moves and projects; they have no gradient.
         """
         if closure is not None:
@@ -87,16 +91,20 @@ class ProjectedAdamW(torch.optim.AdamW):
         others = {id(parameter) for parameter in without}
         mine = [(group, p) for group in self.param_groups for p in group["params"] if id(p) not in others]
         if all(_compiled(p) for _, p in mine):
-            left = [self._compiled_step(group, p, scale, fraction) for group, p in mine]
+            left = [self._compiled_step(group, p, scale, self._share(p, fraction, late)) for group, p in mine]
         else:
             if scale != 1:
                 for grad in (p.grad for _, p in mine if p.grad is not None):
                     grad.mul_(scale)
             super().step()
             projected = [p for group, p in mine if group["name"] == "sparse"]
-            left = [] if fraction is None else [self._project(p, fraction) for p in projected]
+            shares = ((p, self._share(p, fraction, late)) for p in projected)
+            left = [self._project(p, share) for p, share in shares if share is not None]
         if fraction is not None:
             self.nonzeros = sum(left)
+
+    def _share(self, parameter: nn.Parameter, fraction: float | None, late: float | None) -> float | None:
+        return late if late is not None and parameter in self._late else fraction
 
     def _project(self, parameter: nn.Parameter, fraction: float) -> int:
         floor, axis = self._floors[parameter]
@@ -150,6 +158,7 @@ def make_optimizer(
     eps: float = 0.1,
     weight_decay: float = 0.1,
     floors: Floors | None = None,
+    late: Collection[str] = (),
 ) -> ProjectedAdamW:
     """AdamW over the trainable parameters, in groups named "sparse", "dense" and "plain" (no decay; see the module).
 
@@ -160,6 +169,7 @@ def make_optimizer(
         eps: added to the root of the second moment; 0.1 belongs to gradients of root mean square 1.
         weight_decay: per step and unit of rate.
         floors: of the projected parameters that have one.
+        late: names of projected parameters that are cut late, see `ProjectedAdamW.step`.
 
     Raises `ValueError` when nothing is trainable, or a projected parameter is not among the trainable ones.
     """
@@ -184,6 +194,7 @@ def make_optimizer(
         betas=betas,
         eps=eps,
         floors={parameter: (floors or {}).get(name, (0, None)) for name, parameter in sparse.items()},
+        late=[sparse[name] for name in late],
     )
 
 
@@ -200,10 +211,22 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, sharkfin: float, den
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Euclidean norm of all gradients together, a scalar on the device; a parameter without one counts as zeros."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if all(native(grad) and grad.is_contiguous() for grad in grads):
-        return torch.tensor(math.sqrt(sum(kernels.sum_of_squares(grad) for grad in grads)))
-    return torch.nn.utils.get_total_norm(grads)
+    return total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all entries of some tensors together, a scalar on their device.
+
+    Of tensors that are spread over processes each process has to call it, and gets the norm of the whole ones.
+    """
+    if all(native(tensor) and tensor.is_contiguous() for tensor in tensors):
+        return torch.tensor(math.sqrt(sum(kernels.sum_of_squares(tensor) for tensor in tensors)))
+    spread = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    norms = [torch.nn.utils.get_total_norm(part) for part in (spread, plain) if part]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 def gradient_scale(rms: float, mode: GradRms) -> float:

@@ -7,19 +7,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, read_json, remove_folder, write_manifest
 from distill.data.sample import save_sample, spread_windows
-from distill.data.tokens import Sampler, TokenData
+from distill.data.stream import Stream
+from distill.data.tokens import TokenData
 from distill.model import DenseModel, SparseTransformer
 from distill.model.linear_path import fixed
-from distill.model.operations import cross_entropy
-from distill.training.evaluate import heldout_loss
+from distill.training.evaluate import continuation, heldout_loss
+from distill.training.log import make_engine
+from distill.training.objective import next_token_loss
+from distill.training.plot import PICTURE, plot_run
+from distill.training.settings import TrainConfig
 from distill.training.sparsity import sparse_parameters, sparsity_report
-from distill.training.trainer import Objective, TrainConfig, train
+from distill.training.trainer import Evaluate, train
 
 EVALUATION_WINDOWS = 64
 """Held-out windows looked at during training, spread over all of them."""
@@ -27,6 +32,8 @@ COMPACT_BELOW = 0.4
 """Share of non-zeros under which weights are stored without their zeros."""
 SAMPLE_WINDOWS = 512
 """Held-out windows that the final loss is measured on and that are kept beside the model."""
+PROMPT_TOKENS, CONTINUED_TOKENS = 16, 32
+"""Lengths of a sample of text: the start of a held-out window, and what the model makes of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +48,6 @@ class Pretrained:
     """Tokens trained on."""
     seconds: float
     """Wall time of this process, a resumed training counted from the resumption."""
-
-
-def plan(model: SparseTransformer | DenseModel, config: TrainConfig) -> str:
-    """What a training is going to make and see, in two lines for people."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    projected = sum(parameter.numel() for parameter in sparse_parameters(model).values())
-    nonzeros = round(config.kept * projected)
-    tokens = config.steps * config.batch * config.context
-    return (
-        f"{total:,} parameters, {projected:,} of them projected, of which {nonzeros:,} stay at kept {config.kept:g}\n"
-        f"{config.steps:,} steps of {config.batch} x {config.context} tokens, {tokens:,} tokens; "
-        f"weights, gradients and moments: {16 * total / 2**20:,.0f} MiB"
-    )
-
-
-def next_token_loss(model: SparseTransformer | DenseModel) -> Objective:
-    """The usual objective: mean cross-entropy of each next token, in nats per token."""
-
-    def objective(tokens: Int[Tensor, "B T1"], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        logits = model.run(tokens[:, :-1])
-        return cross_entropy(logits, tokens[:, 1:]), {}
-
-    return objective
 
 
 def check_way(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -113,7 +97,7 @@ def check_resumed(folder: Path, kind: str, model: Mapping[str, Any], *, field: s
 
 def pretrain(
     model: SparseTransformer | DenseModel,
-    data: TokenData,
+    data: TokenData | Stream,
     config: TrainConfig,
     folder: Path,
     *,
@@ -122,15 +106,21 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     linear_path: str = "auto",
+    engine: Accelerator | None = None,
 ) -> Pretrained:
     """Trains `model` in place and saves it with its tokenizer under `folder/model`.
 
     Every weight matrix, bias and embedding is projected where `config.kept` is below 1 (SparseTransformer only).
-    `folder` also gets metrics.jsonl and checkpoints. Nothing is written, nor an earlier run deleted, before the
-    settings have passed. `linear_path` as in `train`. ValueError for a folder that is in use, settings that do not fit
-    the model or the data, another architecture than that of the run to be resumed, and a training that breaks.
+    `folder` also gets what `train` writes, and a picture of the course, `training.png`; each evaluation adds a sample
+    of text, the start of a held-out window and, behind the sign », how the model goes on, greedily. Nothing is written,
+    nor an earlier run deleted, before the settings have passed. `linear_path` and `engine` as in `train`; of several
+    processes the main one writes.
+    ValueError for a folder that is in use, settings that do not fit the model or the data, another architecture than
+    that of the run to be resumed, and a training that breaks.
     """
-    check_way(folder, resume=resume, overwrite=overwrite)
+    engine = engine or make_engine(config, folder)
+    if engine.is_main_process:
+        check_way(folder, resume=resume, overwrite=overwrite)
     if linear_path != "auto":
         fixed(linear_path)  # refuses a file that is none
     if config.context > model.context:
@@ -146,23 +136,26 @@ def pretrain(
     provenance = Provenance(kind="run", command=command, config=settings, seed=config.seed, data=data.fingerprint)
     watched = spread_windows(data.heldout, config.context, EVALUATION_WINDOWS)
     sample = spread_windows(data.heldout, config.context, SAMPLE_WINDOWS)
-    Sampler(data.train, batch=config.batch, context=config.context, seed=config.seed)  # refuses too little text
-    if resume:
-        check_resumed(folder, "run", settings["model"])
-    make_way(folder, "run", resume=resume, overwrite=overwrite)
-    start_folder(folder, provenance)
+    batches = data.batches(batch=config.batch, context=config.context, seed=config.seed)  # refuses too little text
+    if engine.is_main_process:
+        if resume:
+            check_resumed(folder, "run", settings["model"])
+        make_way(folder, "run", resume=resume, overwrite=overwrite)
+        start_folder(folder, provenance)
+    engine.wait_for_everyone()
     began = time.perf_counter()
-    train(
+    history = train(
         model,
         next_token_loss(model),
-        data.train,
+        batches,
         config,
         folder,
         sparse=sparse,
-        evaluate=lambda: {"heldout_loss": heldout_loss(model, watched)},
+        evaluate=_looks(model, tokenizer, watched),
         resume=resume,
         provenance=provenance,
         linear_path=linear_path,
+        engine=engine,
     )
     seconds = time.perf_counter() - began
     loss = heldout_loss(model, sample)
@@ -170,9 +163,26 @@ def pretrain(
     report = sparsity_report(sparse) if sparse else {}
     extra = {"heldout_loss": loss, "tokens": tokens, "seconds": round(seconds, 1), "sparsity": report}
     extra["corpus"] = dict(data.record)
-    save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra), sample)
-    write_manifest(folder, provenance)
+    if engine.is_main_process:
+        plot_run(history, folder / PICTURE)
+        save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra), sample)
+        write_manifest(folder, provenance)
+    engine.wait_for_everyone()
     return Pretrained(folder=folder / "model", heldout_loss=loss, tokens=tokens, seconds=seconds)
+
+
+def _looks(
+    model: SparseTransformer | DenseModel, tokenizer: PreTrainedTokenizerFast, watched: Int[Tensor, "n T1"]
+) -> Evaluate:
+    """What is looked at on the way: the loss on some held-out windows, and how the first of them is gone on with."""
+    prompt = watched[0, : min(PROMPT_TOKENS, watched.shape[1] - 1)]
+
+    def looks() -> dict[str, float | str]:
+        found = continuation(model, prompt, CONTINUED_TOKENS)
+        texts = [str(tokenizer.decode(ids.tolist())) for ids in (prompt, found)]
+        return {"heldout_loss": heldout_loss(model, watched), "sample": "»".join(texts)}
+
+    return looks
 
 
 def start_folder(folder: Path, provenance: Provenance) -> None:

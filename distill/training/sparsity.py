@@ -7,7 +7,7 @@ back the largest entries of every neuron and head channel that the magnitude rul
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ FAST_FRACTION = 0.05
 MAX_AUTOMATIC_FLOOR = 4
 
 _UNIT_AXIS = {"mlp_in": 0, "attn_q": 0, "attn_k": 0, "attn_v": 0, "mlp_out": 1, "attn_out": 1}
+_EMBEDDINGS = ("embed_tokens", "embed_positions", "unembed")
 _READERS = ("attn_q", "attn_k", "attn_v", "mlp_in")
 _WRITERS = ("attn_out", "mlp_out")
 
@@ -61,6 +62,12 @@ def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _exempt(name: str) -> bool:
     *modules, last = name.split(".")
     return last in ("bigram", "attn_sink") or (bool(modules) and modules[-1].endswith("norm"))
+
+
+def late_parameters(names: Iterable[str]) -> list[str]:
+    """Of projected parameters the embeddings (unembedding and positions among them) and biases: with the setting
+    `jump` these are cut at the end of annealing only, and then all at once."""
+    return [name for name in names if name.endswith(".bias") or _module(name) in _EMBEDDINGS]
 
 
 def unit_axis(name: str) -> int | None:

@@ -1,157 +1,64 @@
 """The training loop: one for sparse models, dense models, and students with their bridges [G A.2].
 
 A step draws the batch of that step, asks the objective for a loss, brings the gradient's root mean square to 1, takes
-an AdamW step at the scheduled rate, and projects the sparse parameters to the scheduled fraction. The batch is a
-function of the step, so a checkpoint needs no position in the data, and a resumed run ends bit for bit where an
-uninterrupted one does (same machine, same number of threads).
+an AdamW step at the scheduled rate, and projects the sparse parameters to the scheduled fraction. Packed data are a
+function of the step, streamed data save their position, so that a resumed run ends bit for bit where an uninterrupted
+one does (same machine, same number of threads). Processes share a batch; parameters may be spread over them by
+`fully_shard`, for the projection counts over all of them.
 """
 
-import ctypes
 import json
 import math
-import os
-import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from distill.artifact import Provenance, append_line, lock
-from distill.data.tokens import Sampler
+from distill.artifact import Provenance, lock
+from distill.data.tokens import Batches, Sampler
 from distill.model import linear_path as paths
 from distill.model import operations
-from distill.training.candidates import CandidateConfig, CandidateTraining
-from distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from distill.training.optim import (
-    GradRms,
-    gradient_norm,
-    gradient_scale,
-    make_optimizer,
-    rate_factor,
-    set_rate,
-    sharkfin_factor,
-)
-from distill.training.sparsity import Anneal, automatic_floor, kept_fraction, sparsity_report, unit_axis
+from distill.training.candidates import CandidateTraining
+from distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, whole, whole_tensors
+from distill.training.dead import reseed_
+from distill.training.log import METRICS, Log, in_short, make_engine
+from distill.training.objective import Objective, Terms
+from distill.training.optim import gradient_norm, gradient_scale, make_optimizer, set_rate, total_norm
+from distill.training.process import deferred_interrupt, tune_malloc
+from distill.training.settings import MAY_CHANGE, TrainConfig
+from distill.training.sparsity import automatic_floor, late_parameters, sparsity_report, unit_axis
 
-METRICS = "metrics.jsonl"
 LINEAR_PATH = "linear_path.json"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-Terms = dict[str, float | Tensor]
-Objective = Callable[[Int[Tensor, "B T1"], int], tuple[Tensor, Terms]]
-"""(tokens with the last target column, step) -> (mean loss, terms to log)."""
 
 
 class TrainingError(ValueError):
     """The training cannot go on; the message names the step, the tensor and the last checkpoint."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, on what, how sparse and how fast; every value is checked when it is made."""
-
-    steps: int = 2000
-    """Optimiser steps."""
-    batch: int = 16
-    """Sequences per step, over all processes together."""
-    context: int = 256
-    """Tokens per sequence."""
-    learning_rate: float = 0.03
-    """Peak rate, at the target fraction; belongs to grad_rms and eps."""
-    dense_rate: float = 1.0
-    """Rate of what is not projected (bridges, bigram table, norms, sinks), as a share of learning_rate, above 0."""
-    kept: float = 1.0
-    """Target fraction of weights that stay, in (0, 1]; 1 trains densely."""
-    floor: int | None = None
-    """Non-zeros that each neuron and head channel keeps at least; none: min(4, kept * width / 4), 0: no floor."""
-    anneal: Anneal = "linear"
-    """Course of the kept fraction from 1 to the target; fast gets there within 5% of the steps."""
-    anneal_fraction: float = 0.5
-    """Share of the steps after which the target is reached, in [0, 1] (not with anneal=fast)."""
-    sharkfin: bool = True
-    """Whether the rate of sparse parameters is scaled by sqrt(target fraction / fraction now)."""
-    grad_rms: GradRms = "normalize"
-    """What is done to the gradient's root mean square: brought to 1, clipped at 1, left."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's two moments per step, each in [0, 1)."""
-    eps: float = 0.1
-    """AdamW's epsilon; 0.1 belongs to gradients of root mean square 1."""
-    weight_decay: float = 0.1
-    """AdamW's decay per step and unit of rate; norm gains, sinks and the bigram table are exempt."""
-    warmup_fraction: float = 0.01
-    """Share of the steps in which the rate rises from 0, in [0, 1]; then it falls linearly to 0."""
-    candidate_mode: bool = False
-    """Whether gradients and moments are kept for the kept entries and some candidates only, see `candidates`."""
-    candidates: CandidateConfig = CandidateConfig()
-    """Which candidates, with candidate_mode."""
-    seed: int = 0
-    """Seed of the order of the data."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 200
-    """Steps between held-out evaluations; 0: at the end only."""
-    save_every: int = 500
-    """Steps between checkpoints; 0: at the end only."""
-    keep_checkpoints: int = 2
-    """Checkpoints that are kept, the newest."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "log_every", "keep_checkpoints"):
-            self._require(name, getattr(self, name) >= 1, "whole numbers from 1")
-        for name in ("eval_every", "save_every"):
-            self._require(name, getattr(self, name) >= 0, "whole numbers from 0")
-        self._require("floor", self.floor is None or self.floor >= 0, "none, or whole numbers from 0")
-        self._require("kept", 0 < self.kept <= 1, "above 0, up to 1")
-        for name in ("anneal_fraction", "warmup_fraction"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        for name in ("learning_rate", "dense_rate", "eps"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "finite numbers above 0")
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "finite numbers from 0")
-        self._require("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
-        self._require("anneal", self.anneal in ("linear", "exponential", "fast"), "linear, exponential, fast")
-        self._require("grad_rms", self.grad_rms in ("normalize", "clip", "off"), "normalize, clip, off")
-        self._require("seed", self.seed >= 0, "whole numbers from 0")
-
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {allowed}")
-
-    def kept_after(self, step: int) -> float:
-        """The fraction of entries that stays after `step` optimiser steps."""
-        return kept_fraction(
-            step, steps=self.steps, kept=self.kept, anneal=self.anneal, anneal_fraction=self.anneal_fraction
-        )
-
-    def rate_at(self, step: int) -> tuple[float, float]:
-        """The rate of update `step` (0 first), and the sharkfin factor that sparse parameters get on top."""
-        factor = sharkfin_factor(self.kept_after(step + 1), self.kept) if self.sharkfin else 1.0
-        return self.learning_rate * rate_factor(step, steps=self.steps, warmup_fraction=self.warmup_fraction), factor
-
-
-_MAY_CHANGE = ("log_every", "eval_every", "save_every", "keep_checkpoints")
+Evaluate = Callable[[], Mapping[str, float | str]]
+"""Held-out measurements by name (`heldout_loss` decides on the best checkpoint), and samples of text."""
 
 
 def train(
     modules: nn.Module,
     objective: Objective,
-    data: np.ndarray,
+    data: np.ndarray | Batches,
     config: TrainConfig,
     folder: Path,
     *,
     sparse: Mapping[str, nn.Parameter],
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     resume: bool = False,
     provenance: Provenance,
     engine: Accelerator | None = None,
@@ -162,33 +69,36 @@ def train(
     Arguments:
         modules: what is trained (for a student, a `ModuleDict` of student and bridges), on its device.
         objective: gives the loss to minimise, a mean over the batch, and terms to log.
-        data: token ids, one long row.
+        data: token ids, one long row, or what gives batches by itself, such as a stream.
         config: the settings.
-        folder: the run; gets `metrics.jsonl` and `checkpoints/`.
+        folder: the run; gets `metrics.jsonl`, `tensors.jsonl` (entries kept and norm of each projected tensor, at
+            evaluations) and `checkpoints/`.
         sparse: the parameters that are projected, by name (`sparse_parameters(model)`); they get the sharkfin rate.
-        evaluate: held-out measurements by name, called in evaluation mode.
+        evaluate: held-out measurements and samples of text by name, called in evaluation mode.
         resume: go on from the newest checkpoint in `folder` (from the start where there is none yet).
         provenance: recorded in the checkpoints.
-        engine: accelerate's; by default a new one. Several processes share the batch.
+        engine: accelerate's; by default a new one, with the trackers of the settings. Processes share the batch.
         linear_path: which products leave out the zeros of sparse weights: "auto" (what the run to be resumed did, else
             what is faster here, timed now: roundings may differ from run to run), "sparse", "dense", or a file that
             another run saved as `LINEAR_PATH`.
 
-    Returns the lines of `metrics.jsonl`: step, loss and terms (means since the line before), kept fraction, non-zeros,
-    rates, the gradient's root mean square, tokens seen, tokens per second; with an evaluation also its values and the
-    shares of dead units.
+    Returns the lines of `metrics.jsonl`: step, loss and terms (means over the steps since the line before, and over the
+    processes), kept fraction, non-zeros,
+    rates, the gradient's root mean square and norm, the norm of all that is trained, units re-seeded since the line
+    before, tokens seen, tokens per second; with an evaluation also its values and the shares of dead units.
 
     The first Ctrl-C ends the step, saves a checkpoint and raises KeyboardInterrupt, a second one stops at once.
     Raises `TrainingError` for a loss or gradient that is not finite; `ValueError` for a folder that holds a run when
     `resume` is off, or one of other settings when it is on.
     """
-    run = _Run(modules, data, config, Path(folder), sparse, provenance, engine or Accelerator())
+    engine = engine or make_engine(config, Path(folder))
+    run = _Run(modules, data, config, Path(folder), sparse, provenance, engine)
     if run.main:
         with lock(run.folder):
             _loop(run, objective, evaluate, resume, linear_path)
     else:
         _loop(run, objective, evaluate, resume, linear_path)
-    return run.history
+    return run.log.history
 
 
 class _Run:
@@ -197,21 +107,30 @@ class _Run:
     def __init__(
         self,
         modules: nn.Module,
-        data: np.ndarray,
+        data: np.ndarray | Batches,
         config: TrainConfig,
         folder: Path,
         sparse: Mapping[str, nn.Parameter],
         provenance: Provenance,
         engine: Accelerator,
     ) -> None:
-        if config.batch % engine.num_processes:
-            raise ValueError(f"batch: got {config.batch}, allowed are multiples of {engine.num_processes} (processes)")
+        parts = engine.num_processes * config.accumulate
+        if config.batch % parts:
+            what = f"{engine.num_processes} processes x accumulate {config.accumulate}"
+            raise ValueError(f"batch: got {config.batch}, allowed are multiples of {parts} ({what})")
         self.modules, self.config, self.folder, self.sparse = modules, config, folder, sparse
-        self.sampler = Sampler(data, batch=config.batch, context=config.context, seed=config.seed)
+        self.data = data if not isinstance(data, np.ndarray) else _sampler(data, config)
         self.provenance, self.engine, self.main = provenance, engine, engine.is_main_process
+        self.log = Log(folder, engine)
         floors = {name: _floor(name, p, config) for name, p in sparse.items()}
         self.optimizer = make_optimizer(
-            modules, sparse, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, floors=floors
+            modules,
+            sparse,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            floors=floors,
+            late=late_parameters(sparse),
         )
         self.candidates = CandidateTraining(
             sparse if config.candidate_mode and config.kept < 1 else {},
@@ -225,12 +144,26 @@ class _Run:
         self.parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
         self.numel = sum(p.numel() for p in self.parameters.values())
         self.device = next(iter(self.parameters.values())).device
+        self.bfloat16 = _bfloat16(config, engine)
         self.step = 0
-        self.history: list[dict[str, Any]] = []
         self.sums: dict[str, float | Tensor] = {}
         self.summed = 0
         self.seconds = 0.0
+        self.reseeded = 0
+        self.heldout: float | None = None
+        """The held-out loss after this step, where it was measured."""
         self.now: dict[str, float] = {}
+
+
+def _sampler(ids: np.ndarray, config: TrainConfig) -> Sampler:
+    return Sampler(ids, batch=config.batch, context=config.context, seed=config.seed)
+
+
+def _bfloat16(config: TrainConfig, engine: Accelerator) -> bool:
+    """Whether the passes are made in bfloat16: by the settings, or as the processes were launched."""
+    if engine.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"precision: launched with {engine.mixed_precision}, allowed are no and bf16")
+    return config.precision == "bfloat16" or engine.mixed_precision == "bf16"
 
 
 def _floor(name: str, weight: Tensor, config: TrainConfig) -> tuple[int, int | None]:
@@ -242,31 +175,32 @@ def _floor(name: str, weight: Tensor, config: TrainConfig) -> tuple[int, int | N
     return (automatic_floor(config.kept, width) if config.floor is None else min(config.floor, width)), axis
 
 
-def _loop(
-    run: _Run, objective: Objective, evaluate: Callable[[], dict[str, float]] | None, resume: bool, linear_path: str
-) -> None:
+def _loop(run: _Run, objective: Objective, evaluate: Evaluate | None, resume: bool, linear_path: str) -> None:
     config = run.config
     _start(run, resume)
+    run.log.start(config)
     if run.device.type == "cpu":
         tune_malloc()
     path = _linear_path(run, linear_path)
     run.modules.train()
     pace = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs few lines
     bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not run.main, mininterval=pace)
-    with paths.use(path), bar, _deferred_interrupt() as interrupted, closing(run.candidates):
+    with paths.use(path), closing(run.log), bar, deferred_interrupt() as interrupted, closing(run.candidates):
         while run.step < config.steps:
             begun = time.perf_counter()
             _update(run, objective)
             run.seconds += time.perf_counter() - begun
             bar.update()
             last = run.step == config.steps
-            found = {}
-            if evaluate is not None and (last or _due(run.step, config.eval_every)):
-                found = _evaluate(run, evaluate)
+            saves = last or _due(run.step, config.save_every)
+            looks = last or _due(run.step, config.eval_every) or (saves and config.keep_best)
+            found, tensors = _evaluate(run, evaluate) if evaluate is not None and looks else ({}, None)
             if found or last or _due(run.step, config.log_every):
-                _log(run, bar, _summary(run) | found)
+                line = _summary(run) | found
+                run.log.write(line, tensors)
+                bar.set_postfix_str(in_short(line), refresh=False)
             stop = interrupted() and not last
-            if last or stop or _due(run.step, config.save_every):
+            if saves or stop:
                 _save(run)
             if stop:
                 note = f"stopped after step {run.step} of {config.steps}, resume from {run.folder}"
@@ -290,19 +224,17 @@ def _start(run: _Run, resume: bool) -> None:
         state, candidates = load_checkpoint(saved[-1], run.modules, run.optimizer)
         _check_same(run, state, saved[-1])
         run.candidates.restore(candidates)
+        run.data.restore(state.get("position", []))
         run.step, run.sums, run.summed = state["step"], dict(state["sums"]), state["summed"]
-        run.seconds = state["seconds"]
+        run.seconds, run.reseeded = state["seconds"], state.get("reseeded", 0)
     run.engine.wait_for_everyone()
-    if metrics.exists():
-        run.history = _lines_until(metrics, run.step)
-        if run.main:
-            kept = metrics.with_name(f".{METRICS}.kept")
-            kept.write_text("".join(json.dumps(line) + "\n" for line in run.history))
-            os.replace(kept, metrics)
+    run.log.go_back(run.step)
 
 
 def _linear_path(run: _Run, choice: str) -> paths.LinearPath:
     """Which products leave out zeros: as the user says, as the run has done so far, or as is faster here."""
+    if any(isinstance(p, DTensor) for p in run.parameters.values()):
+        return paths.FIXED["dense"]  # lists of non-zeros would be made anew for each pass
     file = run.folder / LINEAR_PATH
     if run.main and (choice != "auto" or not file.exists()):
         found = _measured(run) if choice == "auto" else paths.fixed(choice)
@@ -325,39 +257,38 @@ def _check_same(run: _Run, state: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on under settings or data that would make another run of it."""
     saved = state.get("config")
     ours = json.loads(json.dumps(asdict(run.config)))
-    for entry in fields(TrainConfig):
-        if entry.name not in _MAY_CHANGE and (not isinstance(saved, dict) or saved.get(entry.name) != ours[entry.name]):
-            was = saved.get(entry.name) if isinstance(saved, dict) else None
-            raise ValueError(f"{entry.name}: got {ours[entry.name]!r}, to resume {path} allowed is {was!r}")
+    # A setting that the checkpoint does not know came later, and has been at its default.
+    defaults = json.loads(json.dumps(asdict(TrainConfig())))
+    for name, value in ours.items():
+        was = saved.get(name, defaults[name]) if isinstance(saved, dict) else None
+        if name not in MAY_CHANGE and was != value:
+            raise ValueError(f"{name}: got {value!r}, to resume {path} allowed is {was!r}")
     if state.get("data") != run.provenance.data:
         raise ValueError(f"data: got {run.provenance.data!r}, to resume {path} allowed is {state.get('data')!r}")
     if state.get("sparse") != list(run.sparse):
         raise ValueError(f"sparse: got other parameters than {path} was made with")
 
 
-def _lines_until(metrics: Path, step: int) -> list[dict[str, Any]]:
-    """The whole lines of steps up to `step`; a killed process may have left half a line at the end."""
-    whole = metrics.read_text().rpartition("\n")[0].splitlines()
-    return [line for line in map(json.loads, whole) if line["step"] <= step]
-
-
 def _update(run: _Run, objective: Objective) -> None:
     """One optimiser step, and the projection after it."""
-    config, step = run.config, run.step
-    tokens = run.sampler.batch(step)
-    share = config.batch // run.engine.num_processes
-    mine = tokens[run.engine.process_index * share :][:share].to(run.device)
+    config, step, run.heldout = run.config, run.step, None
+    if _due(step, config.reseed_every) and step > 0 and config.kept_after(step) > config.kept:
+        run.reseeded += reseed_(run.sparse, run.optimizer, seed=config.seed * 1_000_003 + step)
     run.candidates.begin(step)
     run.optimizer.zero_grad()
-    loss, terms = objective(mine, step)
-    loss.backward()
+    loss, terms = _passes(run, objective)
     rms = _gradient_rms(run, loss)
     rate, sharkfin = config.rate_at(step)
     set_rate(run.optimizer, rate, sharkfin, config.dense_rate)
     run.step += 1
-    kept = config.kept_after(run.step)
+    kept, sparse = config.kept_after(run.step), config.kept < 1
     scale, sampled = gradient_scale(rms, config.grad_rms), run.candidates.parameters
-    run.optimizer.step(scale=scale, fraction=kept if config.kept < 1 else None, without=sampled)
+    run.optimizer.step(
+        scale=scale,
+        fraction=kept if sparse else None,
+        late=config.late_after(run.step) if sparse else None,
+        without=sampled,
+    )
     nonzeros = run.optimizer.nonzeros + run.candidates.step(scale, kept)
     run.now = {
         "kept": kept,
@@ -365,10 +296,27 @@ def _update(run: _Run, objective: Objective) -> None:
         "rate": rate,
         "rate_sparse": rate * sharkfin,
         "gradient_rms": rms,
+        "gradient_norm": rms * math.sqrt(run.numel),
     }
     run.summed += 1
     for name, value in {**terms, "loss": loss}.items():
-        run.sums[name] = run.sums.get(name, 0.0) + (value.detach().float() if isinstance(value, Tensor) else value)
+        run.sums[name] = run.sums.get(name, 0.0) + (value.detach().double() if isinstance(value, Tensor) else value)
+
+
+def _passes(run: _Run, objective: Objective) -> tuple[Tensor, Terms]:
+    """Forward and backward over this process' share of the batch, part by part; the means of loss and terms."""
+    parts = run.config.accumulate
+    mine = run.data.rows(run.step, run.engine.process_index, run.engine.num_processes)
+    loss, sums = torch.zeros((), device=run.device), {}
+    for tokens in mine.chunk(parts):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
+            one, terms = objective(tokens.to(run.device), run.step)
+        (one if parts == 1 else one / parts).backward()
+        loss = loss + one.detach() / parts
+        for name, value in terms.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            sums[name] = sums.get(name, 0.0) + value / parts
+    return loss, sums
 
 
 def _gradient_rms(run: _Run, loss: Tensor) -> float:
@@ -379,7 +327,8 @@ def _gradient_rms(run: _Run, loss: Tensor) -> float:
     loss = loss.detach().float()
     if run.engine.num_processes > 1:
         for parameter in run.parameters.values():
-            if parameter.grad is not None:
+            # The gradient of a parameter that is spread over processes is their mean already.
+            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
                 parameter.grad = _mean(run.engine, parameter.grad)
         for gradient in run.candidates.gradients():
             gradient.copy_(_mean(run.engine, gradient))
@@ -389,8 +338,10 @@ def _gradient_rms(run: _Run, loss: Tensor) -> float:
     if not math.isfinite(value):
         raise _broken(run, f"loss is {value}")
     if not math.isfinite(length):
-        found = (name for name, p in run.parameters.items() if p.grad is not None and not p.grad.isfinite().all())
-        raise _broken(run, f"gradient of {next(found, 'all parameters together')} is not finite")
+        grads = [(name, whole(p.grad)) for name, p in run.parameters.items() if p.grad is not None]
+        grads += zip(run.candidates.names, run.candidates.gradients(), strict=True)
+        wrong = (name for name, grad in grads if not grad.isfinite().all())
+        raise _broken(run, f"gradient of {next(wrong, 'all parameters together')} is not finite")
     return length / math.sqrt(run.numel)
 
 
@@ -408,88 +359,70 @@ def _mean(engine: Accelerator, tensor: Tensor) -> Tensor:
     return reduced
 
 
+def _share_sums(run: _Run) -> None:
+    """What was summed for the log, from now on the mean over the processes in each of them."""
+    if run.engine.num_processes > 1 and run.sums:
+        local = torch.tensor([float(total) for total in run.sums.values()], dtype=torch.float64, device=run.device)
+        run.sums = dict(zip(run.sums, _mean(run.engine, local).tolist(), strict=True))
+
+
 def _summary(run: _Run) -> dict[str, Any]:
     """A line for metrics.jsonl; the means start anew."""
+    _share_sums(run)
     means = {name: float(total) / run.summed for name, total in run.sums.items()}
     for name, value in means.items():
         if not math.isfinite(value):
             raise TrainingError(f"{name}: got {value} in the steps up to {run.step}, allowed are finite numbers")
     per_step = run.config.batch * run.config.context
     speed = {"tokens": run.step * per_step, "tokens_per_second": round(run.summed * per_step / run.seconds, 1)}
-    run.sums, run.summed, run.seconds = {}, 0, 0.0
-    return {"step": run.step, "loss": means.pop("loss"), **means, **run.now, **speed}
+    length = {"weight_norm": float(total_norm([p.detach() for p in run.parameters.values()]))}
+    again = {"reseeded": run.reseeded} if run.config.reseed_every else {}
+    run.sums, run.summed, run.seconds, run.reseeded = {}, 0, 0.0, 0
+    return {"step": run.step, "loss": means.pop("loss"), **means, **run.now, **length, **again, **speed}
 
 
-def _evaluate(run: _Run, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Held-out values, and the shares of dead units."""
+def _evaluate(run: _Run, evaluate: Evaluate) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Held-out values with the shares of dead units, and what there is to say of each projected tensor."""
     run.modules.eval()
     values = evaluate()
     run.modules.train()
-    report = sparsity_report(run.sparse)
-    return values | {name: value for name, value in report.items() if name.startswith("dead_")}
-
-
-def _log(run: _Run, bar: "tqdm[NoReturn]", line: dict[str, Any]) -> None:
-    run.history.append(line)
-    if run.main:
-        append_line(run.folder / METRICS, line)
-    bar.set_postfix_str(
-        f"loss {line['loss']:.3f}, kept {line['kept']:.3g}, rate {line['rate']:.3g}, "
-        f"{line['tokens_per_second']:.0f} tokens/s",
-        refresh=False,
-    )
+    found = values.get("heldout_loss")
+    run.heldout = found if isinstance(found, float) else None
+    entire = {name: whole(p.detach()) for name, p in run.sparse.items()}
+    report = sparsity_report(entire)
+    norms = {name: float(tensor.norm()) for name, tensor in entire.items()}
+    tensors = {name: {**entry, "norm": norms[name]} for name, entry in report["tensors"].items()}
+    return {**values, **{name: value for name, value in report.items() if name.startswith("dead_")}}, tensors
 
 
 def _save(run: _Run) -> None:
+    config = run.config
+    # What is spread over processes is put together by all of them.
+    tensors = whole_tensors(run.modules, run.optimizer)
+    _share_sums(run)
+    position = run.data.position()
+    positions = gather_object([position]) if run.engine.num_processes > 1 else [position]
     if run.main:
         state = {
-            "config": asdict(run.config),
+            "config": asdict(config),
             "data": run.provenance.data,
+            "position": positions,
             "sparse": list(run.sparse),
             "sums": {name: float(total) for name, total in run.sums.items()},
             "summed": run.summed,
             "seconds": run.seconds,
+            "reseeded": run.reseeded,
+            "heldout_loss": run.heldout,
+            "at_target": config.kept_after(run.step) == config.kept,
         }
-        keep = run.config.keep_checkpoints
         save_checkpoint(
             run.folder,
             run.step,
-            run.modules,
-            run.optimizer,
+            tensors,
             candidates=run.candidates.tensors(),
             state=state,
             provenance=run.provenance,
-            keep=keep,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
         )
     run.engine.wait_for_everyone()
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into an answer "yes" of the function handed out; a second one interrupts as usual."""
-    asked = False
-
-    def ask(*_: object) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def tune_malloc() -> bool:
-    """Let glibc keep freed memory instead of returning it: up to 1.6 times faster steps on a CPU (page faults).
-
-    Sets M_MMAP_MAX to 0 and M_TRIM_THRESHOLD to 1 GiB for the whole process. Returns whether glibc is there and agreed.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**30))

@@ -121,7 +121,7 @@ def around(centre: PruneConfig, draw: int) -> PruneConfig:
     return replace(
         centre,
         k_coef=times(centre.k_coef, 10),
-        lr=times(centre.lr, 10),
+        lr=times(centre.rate, 10),
         weight_decay=times(centre.weight_decay, 10),
         init_noise=times(centre.init_noise, 3),
         init_bias=times(centre.init_bias, 3),

@@ -1,4 +1,4 @@
-"""The comparisons on a CUDA device: AbsTopK and projection against torch.topk, a bfloat16 step against the plain one."""
+"""The comparisons on a CUDA device: AbsTopK and projection over torch.topk, a bfloat16 step over the plain path."""
 
 from collections.abc import Callable
 

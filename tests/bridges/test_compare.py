@@ -9,7 +9,13 @@ from distill import PruneConfig
 
 def _one(edges: int, nodes: int, empty: float = 0.7, meets: bool = True) -> dict:
     losses = {"loss_full": 0.1, "loss_empty": empty, "loss_circuit": 0.14, "loss_calibrated": 0.13, "reason": None}
-    sizes = {"nodes": nodes, "edges_induced": edges, "edges_embed": 3, "edges_null": float(nodes)}
+    sizes = {
+        "nodes": nodes,
+        "edges_induced": edges,
+        "edges_pruned": edges,
+        "edges_embed": 3,
+        "edges_null": float(nodes),
+    }
     return {
         **losses, **sizes, "meets_target": meets, "loss_without_circuit": 0.69, "loss_without_random_median": 0.1
     }  # fmt: skip
@@ -32,6 +38,17 @@ def test_the_ratio_is_a_geometric_mean_over_the_tasks_that_count() -> None:
     assert found["edge_ratio_geomean"] == pytest.approx(4.0)
     assert found["node_ratio_geomean"] == pytest.approx(math.sqrt(2))
     assert found["null_ratio_geomean"] == pytest.approx(math.sqrt(2))
+
+
+def test_a_task_that_the_bigram_table_does_alone_needs_no_circuit() -> None:
+    leaning = {**_one(10, 5, empty=1.98), "loss_empty_calibrated": 0.0}
+    rows = {**ROWS, "e": {"target": 0.15, "sparse": leaning, "dense": _one(160, 10)}}
+    found = ratios(rows, 0.5)
+    assert "e" not in found["tasks_eligible"]
+    assert found["left_out"]["e"].startswith("sparse does it without any node (loss_empty 0.000)")
+    assert "a" in found["tasks_eligible"]
+    low, high = found["edge_ratio_interval"]
+    assert low == pytest.approx(1.0) and high == pytest.approx(16.0)
 
 
 def test_without_a_task_that_counts_there_is_no_ratio() -> None:

@@ -6,14 +6,19 @@ read with opposite signs. The fillers carry channel 0 too, at random: attention 
 noise.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from distill.circuits.ablation import Means, node_means
 from distill.circuits.tasks import TaskBatch
+from distill.data.sample import save_sample
 from distill.model.transformer import Architecture, SparseTransformer
 
 WORDS = ("A", "B", "x", "y", "e", "C", "D")
@@ -106,6 +111,50 @@ def chosen(model: SparseTransformer, names: tuple[str, ...] = PLANTED) -> dict[s
         location, _, channel = name.rpartition(".")
         nodes[location][int(channel)] = True
     return nodes
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    found = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="x"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=found)
+
+
+def task_file(path: Path, pairs: int = 120) -> Path:
+    """Prompts as pairs of texts."""
+    batch, lines = prompts(pairs, 3), []
+    for row in range(pairs):
+        clean, corrupt = (
+            " ".join(WORDS[int(token)] for token in batch.tokens[one, : int(batch.last[one]) + 1])
+            for one in (row, row + pairs)
+        )
+        answer, other = WORDS[int(batch.answer[row])], WORDS[int(batch.other[row])]
+        lines.append(json.dumps({"clean": clean, "corrupt": corrupt, "answer": f" {answer}", "other": f" {other}"}))
+    path.write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    return path
+
+
+def folder(path: Path, model: SparseTransformer) -> Path:
+    """A model's folder with its tokenizer and held-out windows."""
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    save_sample(path, windows(), vocab_size=len(WORDS))
+    return path
+
+
+@pytest.fixture
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer()
+
+
+@pytest.fixture
+def make_task_file() -> Callable[..., Path]:
+    return task_file
+
+
+@pytest.fixture
+def make_folder() -> Callable[..., Path]:
+    return folder
 
 
 @pytest.fixture

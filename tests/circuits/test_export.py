@@ -79,7 +79,9 @@ def test_json_has_the_edges_that_are_kept(tmp_path, circuit, model):
 
 
 def test_what_cannot_be_exported_is_refused_in_words(tmp_path, circuit, model, make_planted, monkeypatch):
-    with pytest.raises(ValueError, match=r"'a\.dot' ends in no known form; allowed are \.graphml, \.csv, \.json"):
+    with pytest.raises(
+        ValueError, match=r"'a\.dot' ends in no known form; allowed are \.graphml, \.csv, \.mib\.json, \.json"
+    ):
         export(circuit, model, tmp_path / "a.dot")
     with pytest.raises(CircuitMismatchError):
         export(circuit, make_planted(1), tmp_path / "a.csv")

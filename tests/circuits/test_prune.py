@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from distill.circuits.ablation import MeansMismatchError, NonFiniteError, node_means
 from distill.circuits.answers import answer_difference, two_way_loss
@@ -217,6 +215,8 @@ def test_prompts_to_learn_decide_and_verify_on_share_no_pair():
         ({"steps": 0}, "steps: got 0; allowed: 1 and more"),
         ({"clean_up": -1}, "clean_up: got -1"),
         ({"start_room": 0.5}, "start_room: got 0.5"),
+        ({"candidates": 0.9}, "candidates: got 0.9; allowed: 1 and more"),
+        ({"shrink": 1.0}, r"shrink: got 1.0; allowed: numbers in \[0, 1\)"),
         ({"start_spread": 2.0}, "start_spread: got 2.0"),
         ({"init_bias": 2.0}, "init_bias: got 2.0"),
         ({"time_budget": 0.0}, "time_budget: got 0.0"),
@@ -248,22 +248,10 @@ def test_an_empty_task_is_refused(planted, planted_means, make_prompts):
         prune_batches(planted, "opener", batch.select(slice(0, 0)), batch, planted_means, PruneConfig())
 
 
-def test_from_a_task_file_and_a_tokenizer(tmp_path, planted, planted_means, make_prompts, planted_names):
-    words = ["A", "B", "x", "y", "e", "C", "D"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="x"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    lines = []
-    batch = make_prompts(120, 3)
-    for row in range(120):
-        clean, corrupt = (
-            " ".join(words[int(token)] for token in batch.tokens[place, : int(batch.last[place]) + 1])
-            for place in (row, row + 120)
-        )
-        answer, other = words[int(batch.answer[row])], words[int(batch.other[row])]
-        lines.append(json.dumps({"clean": clean, "corrupt": corrupt, "answer": f" {answer}", "other": f" {other}"}))
-    path = tmp_path / "opener.jsonl"
-    path.write_text("\n".join(dict.fromkeys(lines)) + "\n")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    circuit = prune(planted, load_task(path), fast, planted_means, PruneConfig(**QUICK), model_name="planted")
+def test_from_a_task_file_and_a_tokenizer(
+    tmp_path, planted, planted_means, planted_names, make_task_file, word_tokenizer
+):
+    task = load_task(make_task_file(tmp_path / "opener.jsonl"))
+    circuit = prune(planted, task, word_tokenizer, planted_means, PruneConfig(**QUICK), model_name="planted")
     assert set(circuit.node_names) == set(planted_names)
-    assert circuit.task == load_task(path).name and circuit.model_name == "planted"
+    assert circuit.task == task.name and circuit.model_name == "planted"

@@ -7,7 +7,7 @@ import pytest
 
 from distill.circuits.circuit import CircuitMismatchError
 from distill.circuits.faithfulness import Check, Limits
-from distill.circuits.scorecard import CHECKS, FAST, Evidence, Scorecard, few_pairs, judge, summary
+from distill.circuits.scorecard import CHECKS, FAST, Evidence, Scorecard, check_free, few_pairs, judge, summary
 from distill.circuits.versus import versus
 
 QUICK = Limits(sets=20, draws=8, random_circuits=8, subsets=6, ascent_steps=8, interchange_draws=2, worst_steps=2)
@@ -69,22 +69,36 @@ def test_the_file_says_it_all(planted, make_circuit, evidence, tmp_path):
         assert {"name", "value", "control", "threshold", "verdict", "n", "seed", "p", "p_corrected"} <= set(check)
     assert written["checks"][-1]["verdict"] == "skipped" and written["checks"][-1]["value"] is None
     assert written["limits"]["sets"] == 20 and written["seed"] == 3
-    assert written["about"]["counts"]["edges_pruned"] == 4 and written["about"]["losses"] == {"full": 0.01}
+    assert written["untested"] == [name for name in CHECKS if name not in FAST or name == "shift"]
+    counts = written["about"]["counts"]
+    assert {name: type(value) for name, value in counts.items()} == {
+        "nodes": int, "edges_induced": int, "edges_pruned": int, "edges_embed": int, "edges_null": float,
+    }  # fmt: skip
+    assert counts["edges_pruned"] == 4 and written["about"]["losses"] == {"full": 0.01}
     again = judge(planted, make_circuit(), replace(evidence, shift=None), limits=QUICK, seed=3, name="mine")
     assert [check.to_json() for check in again.checks] == [check.to_json() for check in found.checks]
 
 
 def test_verdicts_in_words():
     fine = card(record("sufficiency", "pass"), record("shift", "skipped"))
-    assert fine.verdict == "faithful within tested limits: 1 checks, none against it"
+    assert fine.verdict.startswith("faithful within tested limits: 1 checks, none against it; not tested: ablations,")
     assert fine.flags == () and fine.head == "faithful within tested limits"
+    assert fine.untested == tuple(name for name in CHECKS if name != "sufficiency")
     flagged = card(record("sufficiency", "pass"), record("role", "flag", "of its role"))
     assert flagged.verdict == "suspicious because of its role [role]"
     artefact = card(record("role", "flag", "of its role"), record("controls", "artefact", "of noise"))
     assert artefact.verdict == "artefact because of noise [controls]; of its role [role]"
     open_one = card(record("necessity", "pass", p=0.2), record("shift", "pass", p=0.001))
     assert open_one.chances == pytest.approx({"necessity": 0.2, "shift": 0.002})
-    assert open_one.verdict.endswith("chance is not excluded for necessity (p 0.2)")
+    assert "chance is not excluded for necessity (p 0.2); not tested: " in open_one.verdict
+    every = card(*(record(name, "pass") for name in CHECKS))
+    assert every.untested == () and every.verdict == "faithful within tested limits: 12 checks, none against it"
+
+
+def test_what_is_not_tested_does_not_speak_for_a_circuit():
+    none = card(record("sufficiency", "skipped"), record("shift", "skipped"))
+    assert none.head == "not tested" and none.untested == CHECKS and none.to_json()["untested"] == list(CHECKS)
+    assert none.verdict.startswith("not tested: 0 checks")
 
 
 def test_tables():
@@ -94,6 +108,19 @@ def test_tables():
     assert row == ["role", "1", "2", "3", "0.01", "4", "flag"]
     rows = summary([card(record("role", "flag")), card(record("role", "pass"))]).splitlines()
     assert rows[1].endswith("1 of 1, suspicious: role") and rows[2].endswith("0 of 1, faithful within tested limits")
+
+
+def test_only_a_scorecard_of_the_same_task_and_model_is_overwritten(make_circuit, tmp_path):
+    path, circuit = tmp_path / "scorecard.json", make_circuit()
+    check_free(path, circuit)
+    card(record("role", "pass")).save(path)
+    check_free(path, replace(circuit, task="one"))
+    with pytest.raises(ValueError, match="is the scorecard of a circuit of 'one' in 'planted'"):
+        check_free(path, circuit)
+    for text in ("{", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"scorecard.json"):
+            check_free(path, circuit)
 
 
 def test_fewer_pairs_of_long_prompts(make_prompts):

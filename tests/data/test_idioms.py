@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distill
+from distill.circuits import load_task, task_names
 from distill.data.idioms import READ_STEMS, WRITE_STEMS, document, documents
 from distill.data.words import ADJECTIVES, NOUNS, VERBS, WORDS
 
@@ -150,3 +151,10 @@ def test_generating_is_fast() -> None:
         fastest = max(fastest, size / (time.process_time() - start))
     # Above 10 MB/s; the type checks that a test run puts around every call take twenty times as long.
     assert fastest > 0.2e6
+
+
+def test_no_prompt_of_a_task_is_ever_generated() -> None:
+    """What is asked of a model is not what it was trained on word for word."""
+    for name in task_names():
+        for pair in load_task(name).pairs("test", 40, 0):
+            assert pair.clean not in TEXT and pair.corrupt not in TEXT, f"{name}: {pair.clean!r}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.artifact import read_manifest
 from distill.circuits.answers import Calibration
 from distill.circuits.circuit import Circuit
 from distill.circuits.subject import load_subject
@@ -84,6 +85,44 @@ def test_without_a_folder_it_stands_beside_the_circuit(models: Path, circuits: P
     argv = ["--circuit", circuits / "two.circuit.safetensors", "--model", models / "sparse", *FEW]
     assert recipe("check_circuit", argv) == 0
     assert json.loads((circuits / "two.scorecard.json").read_text())["circuit"] == "two"
+
+
+def test_an_earlier_scorecard_is_replaced_and_nothing_else(
+    models: Path, circuits: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = ["--circuit", circuits / "one.circuit.safetensors", "--model", models / "sparse", "--out"]
+    (tmp_path / "file").write_text("mine")
+    assert recipe("check_circuit", [*argv, tmp_path / "file"]) == 2
+    assert (tmp_path / "file").read_text() == "mine"
+    for name, text, message in (
+        ("damaged", "{", "scorecard.json"),
+        ("foreign", '{"kind": "model"}', "is no scorecard"),
+        ("other", '{"checks": [], "verdict": "", "task": "ioi", "model": "sparse"}', "circuit of 'ioi' in 'sparse'"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scorecard.json").write_text(text)
+        assert recipe("check_circuit", [*argv, tmp_path / name]) == 2
+        assert (tmp_path / name / "scorecard.json").read_text() == text
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert message in lines[-1]
+    same = '{"checks": [], "verdict": "", "task": "for_while", "model": "sparse"}'
+    (tmp_path / "other" / "scorecard.json").write_text(same)
+    assert recipe("check_circuit", [*argv, tmp_path / "other", *FEW]) == 0
+    assert len(json.loads((tmp_path / "other" / "scorecard.json").read_text())["checks"]) == 7
+
+
+def test_pruning_brings_a_scorecard_unless_it_is_left_out(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = ["--model", "dense", "--task", "while_return_true", "--target", "0.6", "--prune.steps", "2",
+            "--prune.screen", "2", "--prune.clean-up", "0", "--prune.edge-clean-up", "0",
+            "--out", tmp_path / "out"]  # fmt: skip
+    assert recipe("prune_circuit", argv) == 0
+    card = json.loads((tmp_path / "out" / "while_return_true.dense.scorecard.json").read_text())
+    assert card["circuit"] == "while_return_true.dense" and card["verdict"] in capsys.readouterr().out
+    assert "while_return_true.dense.scorecard.json" in read_manifest(tmp_path / "out", "report")["files"]
+    assert recipe("prune_circuit", [*argv, "--no-checks"]) == 0
+    assert not (tmp_path / "out" / "while_return_true.dense.scorecard.json").exists()
 
 
 @pytest.mark.parametrize(

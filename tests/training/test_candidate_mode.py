@@ -15,7 +15,7 @@ from distill.model import Architecture, SparseTransformer, set_path
 from distill.model.kernels.candidates import sample_of
 from distill.training import sparse_parameters
 from distill.training.candidates import CandidateConfig
-from distill.training.pretrain import next_token_loss
+from distill.training.objective import next_token_loss
 from distill.training.trainer import TrainConfig, train
 
 CONFIG = TrainConfig(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from distill.model import Architecture, SparseTransformer
 from distill.model.run import Runnable
-from distill.training.evaluate import heldout_loss, per_token_losses
+from distill.training.evaluate import continuation, heldout_loss, per_token_losses
 
 torch.set_num_threads(1)
 
@@ -49,3 +50,13 @@ def test_no_gradient_is_kept():
 def test_nothing_to_measure(windows, batch, field):
     with pytest.raises(ValueError, match=f"{field}: got"):
         heldout_loss(Known(4), windows, batch=batch)
+
+
+def test_a_continuation_takes_the_likeliest_token_each_time() -> None:
+    model = SparseTransformer.build(Architecture(vocab_size=20, context=6, n_layer=1, d_model=16), seed=0)
+    tokens = [3, 1, 4]
+    for _ in range(6):  # beyond the context, which moves along
+        logits = model.run(torch.tensor([tokens[-6:]]))
+        tokens.append(int(logits[0, -1].argmax()))
+    assert continuation(model, torch.tensor([3, 1, 4]), 6).tolist() == tokens[3:]
+    assert continuation(model, torch.tensor([3]), 0).tolist() == []

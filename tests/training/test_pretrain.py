@@ -8,7 +8,7 @@ import torch
 from distill.artifact import read_manifest
 from distill.data import TokenData, load_sample, prepare
 from distill.model import Architecture, DenseModel, SparseTransformer, load_model, load_tokenizer
-from distill.training import TrainConfig, heldout_loss, plan, pretrain
+from distill.training import TrainConfig, continuation, heldout_loss, plan, pretrain
 
 ARCHITECTURE = Architecture(vocab_size=300, context=16, n_layer=1, d_model=16, d_head=8)
 CONFIG = TrainConfig(steps=6, batch=4, context=16, kept=0.25, floor=0, log_every=2, eval_every=3)
@@ -41,6 +41,12 @@ def test_a_sparse_model_ends_as_sparse_as_asked_and_loads_by_its_folder(data: To
     assert manifest["provenance"]["extra"]["tokens"] == 6 * 4 * 16
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "heldout_loss" in line] == [3, 6]
+    # The start of a held-out window, and 32 tokens that the model makes of it.
+    prompt, _, made = lines[-1]["sample"].partition("»")
+    assert prompt == data.tokenizer().decode(data.heldout[:16].tolist())
+    ids = continuation(model, torch.from_numpy(data.heldout[:16].astype("int64")), 32)
+    assert made == data.tokenizer().decode(ids.tolist())
+    assert (tmp_path / "run" / "training.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_gpt2_is_saved_as_transformers_does(data: TokenData, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_lines_by_hand(tmp_path):
         seen.append(torch.is_grad_enabled())
         return {"heldout_loss": 1.5}
 
-    _, history = run(tmp_path, evaluate=evaluate)
+    _, history = run(tmp_path, replace(CONFIG, keep_best=False), evaluate=evaluate)
     assert [line["step"] for line in history] == [4, 8, 10, 12, 16, 20]
     assert [line["step"] for line in history if "heldout_loss" in line] == [10, 20]
     assert len(seen) == 2
@@ -336,7 +336,8 @@ def test_interrupt_saves_and_resumes(tmp_path, capsys):
         ("steps", 0), ("batch", 0), ("context", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("kept", 0.0),
         ("kept", 1.1), ("floor", -1), ("anneal_fraction", 1.1),
         ("betas", (0.9, 1.0)), ("eps", 0.0), ("weight_decay", -1.0), ("warmup_fraction", -0.1), ("seed", -1),
-        ("log_every", 0), ("eval_every", -1), ("save_every", -1), ("keep_checkpoints", 0),
+        ("log_every", 0), ("eval_every", -1), ("save_every", -1), ("keep_checkpoints", 0), ("accumulate", 0),
+        ("reseed_every", -1),
     ],
 )  # fmt: skip
 def test_settings_are_checked(field, value):
@@ -344,12 +345,18 @@ def test_settings_are_checked(field, value):
         TrainConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("anneal", "slow"), ("grad_rms", "none")])
+@pytest.mark.parametrize(("field", "value"), [("anneal", "slow"), ("grad_rms", "none"), ("precision", "half")])
 def test_words_are_checked(field, value):
     config = TrainConfig()
     object.__setattr__(config, field, value)  # the type checker of these tests would refuse it as an argument
     with pytest.raises(ValueError, match=f"{field}: got '{value}', allowed are"):
         config.__post_init__()
+
+
+@pytest.mark.parametrize(("field", "value"), [("jump", True), ("reseed_every", 5), ("precision", "bfloat16")])
+def test_what_the_candidate_mode_cannot_do_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field}: got {value!r}, allowed are .* with candidate_mode"):
+        TrainConfig(**{"candidate_mode": True, field: value})
 
 
 def test_malloc_is_tuned_where_glibc_is():

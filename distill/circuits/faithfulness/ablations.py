@@ -13,10 +13,9 @@ from distill.circuits.answers import frozen_norms, two_way_loss
 from distill.circuits.circuit import Circuit
 from distill.circuits.faithfulness.check import Check, said, verdict_of
 from distill.circuits.faithfulness.limits import Limits
-from distill.circuits.faithfulness.matched import random_sets
+from distill.circuits.faithfulness.matched import random_circuits
 from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import percentile, rank_p, refit
-from distill.circuits.masks import Nodes
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
 from distill.model.sites import chain
@@ -42,10 +41,12 @@ def ablations(
                      s in {free, 1/sigma of every norm as in the full model on the same prompt}
 
     in nats per prompt, as `{value}_{norms}` in the details. Resample: each position of each prompt gets one token of
-    `corpus`, whose activations all ablated nodes take. The value is the worse of resample_free and mean_frozen, and the
-    controls are random circuits (`matched.random_sets`) in that cell, each at its best scale >= 0: else some would do
-    badly merely by being sure of nothing. Flagged where the value exceeds `ablation_ratio` times the target and is no
-    better than random circuits, not below their `better` percentile. CircuitMismatchError for another model's circuit.
+    `corpus`, whose activations all ablated nodes take. The value is the worse of resample_free and mean_frozen.
+
+    Controls are random circuits (`matched.random_sets`) in that cell, each at its best scale >= 0, as some would do
+    badly merely by being too sure; they are read against the circuit at its best scale (`refitted`). Flagged where the
+    value exceeds `ablation_ratio` times the target and `refitted` is no better than random circuits, not below their
+    `better` percentile. CircuitMismatchError for another model's circuit.
     """
     limits, runs = limits or Limits(), runs or Runs(model, circuit)
     values = {
@@ -56,39 +57,41 @@ def ablations(
     }
     held = frozen_norms(model, batch)
 
-    def difference(cell: str, nodes: Nodes | None) -> Tensor:
-        value, _, norms = cell.partition("_")
-        tap = runs.tap(nodes, values[value])
+    def difference(value: str, norms: str) -> Tensor:
+        tap = runs.tap(means=values[value])
         return runs.difference(batch, runs.logits(batch, chain(tap, held) if norms == "frozen" else tap))
 
-    cells = {f"{value}_{norms}": two_way_loss(difference(f"{value}_{norms}", None)).item()
+    cells = {f"{value}_{norms}": two_way_loss(difference(value, norms)).item()
              for value in values for norms in ("free", "frozen")}  # fmt: skip
     worst = max(JUDGED, key=lambda cell: cells[cell])
     generator = torch.Generator().manual_seed(seed)
-    drawn = random_sets(circuit.nodes, circuit.means, limits.random_circuits, generator, bins=limits.bins)
-    control = tuple(refit(torch.stack([difference(worst, nodes) for nodes in drawn]))[0].tolist())
+    drawn = random_circuits(circuit, limits.random_circuits, limits, generator)
+    value, norms = worst.split("_")
+    theirs = runs.each(batch, drawn, means=values[value], norms=held if norms == "frozen" else None)
+    refitted, *control = refit(torch.cat([difference(value, norms)[None], theirs]))[0].tolist()
     bound = limits.ablation_ratio * circuit.target
     least = percentile(control, limits.better)
     what = f"loss {said(cells[worst])} with {_words(worst)}"
     rest = f"random circuits' {limits.better:.0f}th percentile {said(least)}"
+    above = f"{what}, above {said(bound)}; at its best scale {said(refitted)}"
     complaints = []
-    if cells[worst] > bound and cells[worst] >= least:
-        complaints.append(f"{what}, above {said(bound)} and no better than {rest}")
-    praise = f"{what}, above {said(bound)} but better than {rest}"
+    if cells[worst] > bound and refitted >= least:
+        complaints.append(f"{above}, no better than {rest}")
+    praise = f"{above}, better than {rest}"
     if cells[worst] <= bound:
         praise = f"{what}, the worse of resampling and frozen norms, within {said(bound)}"
     verdict, reason = verdict_of(complaints, praise)
     return Check(
         name="ablations",
         value=cells[worst],
-        control=control,
+        control=tuple(control),
         threshold=bound,
         verdict=verdict,
         reason=reason,
         n=len(batch),
         seed=seed,
-        p=rank_p(cells[worst], control, high=False),
-        details={**cells, "random_better": least},
+        p=rank_p(refitted, control, high=False),
+        details={**cells, "refitted": refitted, "random_better": least},
     )
 
 

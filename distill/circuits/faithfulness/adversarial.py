@@ -8,9 +8,9 @@ from torch import Tensor
 
 from distill.circuits.answers import answer_difference, frozen, two_way_loss
 from distill.circuits.circuit import Circuit
-from distill.circuits.faithfulness.check import Check, said, verdict_of
+from distill.circuits.faithfulness.check import Check, said, skipped, verdict_of
 from distill.circuits.faithfulness.limits import Limits
-from distill.circuits.faithfulness.matched import random_sets
+from distill.circuits.faithfulness.matched import random_circuits
 from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import percentile, rank_p
 from distill.circuits.masks import Nodes
@@ -34,13 +34,15 @@ def adversarial(
         by projected sign-gradient ascent: r <- clip(r + step * sign(dL/dr), 0, 1), from r uniform at random
 
     r is one number per node, the same for all prompts; edges that were pruned stay out. Controls are random circuits
-    (`matched.random_sets`), attacked alike. Flagged where the loss is not below the `better` percentile of theirs.
+    (`matched.random_sets`), attacked alike. Flagged where the loss is not below the `better` percentile of theirs;
+    skipped where no node was pruned.
     CircuitMismatchError for a circuit of another model.
     """
     limits, runs = limits or Limits(), runs or Runs(model, circuit)
+    if all(bool(mask.all()) for mask in circuit.nodes.values()):
+        return skipped("adversarial", "no node was pruned, so none can be restored", n=len(batch))
     generator = torch.Generator().manual_seed(seed)
-    count = max(1, limits.random_circuits // 2)
-    drawn = random_sets(circuit.nodes, circuit.means, count, generator, bins=limits.bins)
+    drawn = random_circuits(circuit, max(1, limits.random_circuits // 2), limits, generator)
     attacked = [_attack(runs, nodes, fit, batch, limits, generator) for nodes in (circuit.nodes, *drawn)]
     value, control = attacked[0], tuple(attacked[1:])
     least = percentile(control, limits.better)

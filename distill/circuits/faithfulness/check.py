@@ -35,6 +35,11 @@ class Check:
     details: dict[str, float] = field(default_factory=dict)
     """Further numbers, by name."""
 
+    def __post_init__(self) -> None:
+        # Every comparison with NaN is false, so that it would pass what it was never held against.
+        if math.isnan(self.value) and self.verdict != "skipped":
+            raise ValueError(f"value: got nan in check {self.name!r}; allowed is that where the verdict is skipped")
+
     @property
     def flagged(self) -> bool:
         """Whether the check speaks against the circuit."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from distill.circuits.circuit import Circuit
 from distill.circuits.faithfulness.check import Check, verdict_of
 from distill.circuits.faithfulness.limits import Limits
-from distill.circuits.faithfulness.matched import random_sets
-from distill.circuits.faithfulness.necessity import without
+from distill.circuits.faithfulness.matched import random_circuits
+from distill.circuits.faithfulness.necessity import complement
 from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import spread_of
 from distill.circuits.masks import Nodes
@@ -22,6 +22,10 @@ from distill.model.run import Runnable
 TRIES = 6
 """Candidates for each node that the worst subset grows by."""
 NOTHING = 1e-9
+"""Mean logit differences that are no further apart are the same."""
+ROUNDING = 1e-5
+"""A share of the model's logit difference below which a difference is none: a part of a circuit runs as a module of
+its own, which adds the same single-precision numbers up in another order than the model does."""
 
 
 @torch.no_grad()
@@ -38,11 +42,11 @@ def completeness(
 
         value = mean over K of |F(C without K) - F(M without K)| / |F(M) - F(nothing)|,  F = mean logit difference
 
-    a ratio of means over prompts for each K, then the mean over K: `subsets` random halves of the circuit, and the
-    circuit's nodes at each location. Controls are random circuits with random halves of their own. `worst` in the
-    details is a subset grown greedily, for reading: it is never judged, as circuits found by hand fail it too. Flagged
-    where the value exceeds `incomplete`; where F(M) equals F(nothing) there is nothing to compare.
-    CircuitMismatchError for a circuit of another model.
+    where less than 1e-5 is rounding and counts as 0: a ratio of means over prompts for each K, then the mean over K:
+    `subsets` random halves of the circuit, and the circuit's nodes at each location. Controls are random circuits with
+    random halves of their own. `worst` in the details is a subset grown greedily, for reading: it is never judged, as
+    circuits found by hand fail it too. Flagged where the value exceeds `incomplete`, and where F(M) equals F(nothing),
+    so that there is nothing to complete. CircuitMismatchError for a circuit of another model.
     """
     limits, runs = limits or Limits(), runs or Runs(model, circuit)
     generator = torch.Generator().manual_seed(seed)
@@ -50,8 +54,7 @@ def completeness(
     halves = [_half(circuit.nodes, generator) for _ in range(limits.subsets)]
     random_part = _incomplete(runs, batch, circuit.nodes, halves, scale)
     by_location = _incomplete(runs, batch, circuit.nodes, locations_of(circuit.nodes), scale)
-    count = max(1, limits.random_circuits // 2)
-    drawn = random_sets(circuit.nodes, circuit.means, count, generator, bins=limits.bins)
+    drawn = random_circuits(circuit, max(1, limits.random_circuits // 2), limits, generator)
     control = tuple(
         float(_incomplete(runs, batch, nodes, [_half(nodes, generator) for _ in range(4)], scale).mean())
         for nodes in drawn
@@ -94,13 +97,16 @@ def _half(nodes: Nodes, generator: torch.Generator) -> Nodes:
 
 def _incomplete(runs: Runs, batch: TaskBatch, nodes: Nodes, parts: Sequence[Nodes], scale: float) -> Tensor:
     """|F(C without K) - F(M without K)| / scale for each part K, (parts,) float64; 0 where the scale is 0."""
-    found = []
-    for part in parts:
-        rest = {location: mask & ~part[location] for location, mask in nodes.items()}
-        circuit = runs.of(batch, rest).mean()
-        model = runs.difference(batch, runs.logits(batch, without(part, runs.means))).mean()
-        found.append((circuit - model).abs())
-    return torch.stack(found) / scale if scale > NOTHING else torch.zeros(len(found), dtype=torch.float64)
+    if scale <= NOTHING:
+        return torch.zeros(len(parts), dtype=torch.float64)
+    rests = [{location: mask & ~part[location] for location, mask in nodes.items()} for part in parts]
+    if runs.holds(nodes):
+        circuit = torch.stack([runs.of(batch, rest).mean() for rest in rests])
+    else:
+        circuit = runs.each(batch, rests).mean(1)
+    model = runs.each(batch, [complement(part) for part in parts]).mean(1)
+    shares = (circuit - model).abs() / scale
+    return torch.where(shares < ROUNDING, 0.0, shares)
 
 
 def _grown(runs: Runs, batch: TaskBatch, scale: float, steps: int, generator: torch.Generator) -> float:
@@ -109,13 +115,18 @@ def _grown(runs: Runs, batch: TaskBatch, scale: float, steps: int, generator: to
     part = {location: torch.zeros_like(mask) for location, mask in runs.circuit.nodes.items()}
     worst = 0.0
     for _ in range(min(steps, len(places))):
-        trials = []
-        for pick in torch.randperm(len(places), generator=generator)[:TRIES].tolist():
-            location, channel = places[pick]
-            trial = {**part, location: part[location].clone()}
-            trial[location][channel] = True
-            trials.append((float(_incomplete(runs, batch, runs.circuit.nodes, [trial], scale)[0]), pick, trial))
-        found, pick, part = max(trials, key=lambda entry: entry[0])
+        picks = torch.randperm(len(places), generator=generator)[:TRIES].tolist()
+        trials = [_with(part, *places[pick]) for pick in picks]
+        found, pick, part = max(
+            zip(_incomplete(runs, batch, runs.circuit.nodes, trials, scale).tolist(), picks, trials, strict=True),
+            key=lambda entry: entry[0],
+        )
         places.pop(pick)
         worst = max(worst, found)
     return worst
+
+
+def _with(nodes: Nodes, location: str, channel: int) -> Nodes:
+    mask = nodes[location].clone()
+    mask[channel] = True
+    return {**nodes, location: mask}

@@ -16,6 +16,8 @@ class Limits:
     """Pairs for checks of hundreds of runs."""
     few_tokens: int = 640
     """Tokens that such a check runs at once, padding included: where prompts are long, pairs go, down to 8."""
+    control_pairs: int = 8
+    """Pairs for checks that run dozens of random node sets through the whole model."""
     tail_ratio: float = 10.0
     """Sufficiency: largest ratio of the 95th percentile to the median of KL(model || circuit) on the answers."""
     tail_floor: float = 1e-3
@@ -42,6 +44,8 @@ class Limits:
     """Necessity: other tasks that specificity is judged on, at most."""
     draws: int = 32
     """Stochastic: draws of restored nodes for each share."""
+    draw_pairs: int = 2
+    """Stochastic: pairs of prompts that one draw is run on; all get their turn."""
     shares: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
     """Stochastic: shares of the pruned nodes that are restored."""
     stochastic_ratio: float = 2.0
@@ -96,8 +100,9 @@ class Limits:
     """Shift: smallest share of shifted prompts on which circuit and model answer alike."""
 
     def __post_init__(self) -> None:
-        counts = ("pairs", "few_pairs", "few_tokens", "random_circuits", "sets", "bins", "draws", "ascent_steps",
-                  "subsets", "interchange_draws", "single_nodes", "single_edges", "worst_steps")  # fmt: skip
+        counts = ("pairs", "few_pairs", "few_tokens", "control_pairs", "random_circuits", "sets", "bins", "draws",
+                  "draw_pairs", "ascent_steps", "subsets", "interchange_draws", "single_nodes", "single_edges",
+                  "worst_steps")  # fmt: skip
         for name in counts:
             self._require(getattr(self, name) >= 1, name, "1 and more")
         self._require(self.seeds >= 2, "seeds", "2 and more")

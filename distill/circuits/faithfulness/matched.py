@@ -11,9 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from distill.circuits.ablation import Means
+from distill.circuits.circuit import Circuit
+from distill.circuits.faithfulness.limits import Limits
 from distill.circuits.masks import Nodes
 
 BINS = 10
+
+
+def random_circuits(circuit: Circuit, sets: int, limits: Limits, generator: torch.Generator) -> list[Nodes]:
+    """The battery that a check reads a circuit against: `random_sets` like its nodes."""
+    return random_sets(circuit.nodes, circuit.means, sets, generator, bins=limits.bins)
 
 
 def random_nodes(

@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.circuits.answers import two_way_loss
 from distill.circuits.circuit import Circuit
 from distill.circuits.edges import EdgeSet, chosen_edges, edge_total
-from distill.circuits.faithfulness.check import Check, verdict_of
+from distill.circuits.faithfulness.check import Check, skipped, verdict_of
 from distill.circuits.faithfulness.effects import edge_changes, loss_changes
 from distill.circuits.faithfulness.limits import Limits
 from distill.circuits.faithfulness.runs import Runs
@@ -35,9 +35,12 @@ def minimality(
     in nats per prompt; to be better off without a node counts as no effect. The same for edges. Of more than
     `single_nodes` nodes (`single_edges` edges) those are left out in turn of which the gradient says that they matter
     least, and the rest are taken to have an effect, so that the share is a lower bound. Flagged where any node has no
-    effect, and any edge in a circuit whose edges were pruned. CircuitMismatchError for a circuit of another model.
+    effect, and any edge in a circuit whose edges were pruned; skipped for a circuit without nodes.
+    CircuitMismatchError for a circuit of another model.
     """
     limits, runs = limits or Limits(), runs or Runs(model, circuit)
+    if not circuit.n_nodes:
+        return skipped("minimality", "the circuit has no nodes", n=len(batch))
     bound = limits.no_effect * circuit.target
     nodes = _least([(location, int(c)) for location, mask in circuit.nodes.items() for c in mask.nonzero()[:, 0]],
                    _flat(loss_changes(runs, batch, circuit.nodes), circuit.nodes), limits.single_nodes)  # fmt: skip

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from distill.circuits.ablation import Means
-from distill.circuits.answers import answer_difference
 from distill.circuits.circuit import Circuit
 from distill.circuits.faithfulness.check import Check, Verdict, said
 from distill.circuits.faithfulness.limits import Limits
-from distill.circuits.faithfulness.matched import random_sets
+from distill.circuits.faithfulness.matched import random_circuits
 from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import by_pair, larger_p, percentile, rank_p, refit
-from distill.circuits.masks import MaskTap
+from distill.circuits.masks import MaskTap, Nodes
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
 from distill.model.sites import Tap
@@ -62,10 +61,8 @@ def necessity(
     sets = limits.sets if sets is None else sets
     if sets < 1:
         raise ValueError(f"sets: got {sets}; allowed are 1 and more")
-    drawn = random_sets(circuit.nodes, circuit.means, sets, torch.Generator().manual_seed(seed), bins=limits.bins)
-    differences = torch.stack([runs.difference(batch, runs.logits(batch, without(one, runs.means)))
-                               for one in (circuit.nodes, *drawn)])  # fmt: skip
-    losses, scales = refit(differences)
+    drawn = random_circuits(circuit, sets, limits, torch.Generator().manual_seed(seed))
+    losses, scales = refit(runs.each(batch, [complement(nodes) for nodes in (circuit.nodes, *drawn)]))
     value, control = float(losses[0]), tuple(losses[1:].tolist())
     damage = {"task": _damage(runs, batch)}
     damage |= {f"other_{name}": _damage(runs, other) for name, other in (others or {}).items()}
@@ -110,12 +107,18 @@ def _judge(value: float, control: tuple[float, ...], details: dict[str, float], 
     if others and details["damage_task"] <= percentile(others, 50):
         rest = f"{said(percentile(others, 50))}"
         return "flag", f"taking it out costs its own task {said(details['damage_task'])} nats, other tasks {rest}"
-    return "pass", f"{seen}, {least}"
+    alone = "" if others else "; no other task was there to compare with"
+    return "pass", f"{seen}, {least}{alone}"
 
 
 def without(nodes: Mapping[str, Bool[Tensor, "width"]], means: Means) -> Tap:
     """A tap that ablates only these nodes."""
-    return MaskTap({location: ~mask for location, mask in nodes.items()}, means)
+    return MaskTap(complement(nodes), means)
+
+
+def complement(nodes: Mapping[str, Bool[Tensor, "width"]]) -> Nodes:
+    """All other nodes."""
+    return {location: ~mask for location, mask in nodes.items()}
 
 
 def _damage(runs: Runs, batch: TaskBatch) -> Float[Tensor, "n"]:
@@ -125,19 +128,6 @@ def _damage(runs: Runs, batch: TaskBatch) -> Float[Tensor, "n"]:
     both = torch.stack([full, after])
     before, rest = softplus(-refit(both)[1][:, None] * both)
     return rest - before
-
-
-@torch.no_grad()
-def loss_without(
-    model: Runnable, nodes: Mapping[str, Bool[Tensor, "width"]], means: Means, batch: TaskBatch
-) -> tuple[float, float]:
-    """Task loss in nats per prompt with only `nodes` ablated, at the best scale >= 0, and that scale.
-
-    The scale is fitted on the same prompts, for the circuit and its controls alike: it can only make the loss smaller.
-    """
-    difference = answer_difference(model, batch, without(nodes, means)).double().cpu()
-    losses, scales = refit(difference[None])
-    return float(losses[0]), float(scales[0])
 
 
 @torch.no_grad()

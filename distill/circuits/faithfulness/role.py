@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.circuits.answers import two_way_loss
 from distill.circuits.circuit import Circuit, names_of
-from distill.circuits.faithfulness.check import Check, verdict_of
+from distill.circuits.faithfulness.check import Check, skipped, verdict_of
 from distill.circuits.faithfulness.effects import node_effects
 from distill.circuits.faithfulness.heads import Heads, compare_heads
 from distill.circuits.faithfulness.limits import Limits
@@ -56,20 +56,22 @@ def role(
     deviations on `corpus`. A head is compared by its attention (`compare_heads`), at the queries that the answer rests
     on. Interchange, in the details: the task loss when a random share of the circuit's nodes takes the values it has in
     the model on the same prompt, mean over draws. Flagged where the value exceeds `role_share`, and where a head with
-    at least `head_share` of all effect is uniform in the circuit and not in the model. CircuitMismatchError for a
-    circuit of another model.
+    at least `head_share` of all effect is uniform in the circuit and not in the model; skipped where no node has any
+    effect. CircuitMismatchError for a circuit of another model.
     """
     limits, runs = limits or Limits(), runs or Runs(model, circuit)
     names = names_of(circuit.nodes)
+    effects = node_effects(runs, batch, circuit.nodes)
+    weight = torch.cat([effects[location][mask].abs() for location, mask in circuit.nodes.items()]).double()
+    if float(weight.sum()) <= TINY:
+        return skipped("role", f"none of its {len(names)} nodes has an effect on the answer", n=len(batch))
     tokens = (torch.arange(batch.tokens.shape[1]) <= batch.last.cpu()[:, None]).flatten()
     with torch.no_grad():
         theirs, ours = (_columns(runs, batch.tokens, tap) for tap in (None, runs.tap()))
         text = _columns(runs, corpus[:, :-1], None).flatten(0, 1)
     spread = (text - text.mean(0)).square().mean(0).sqrt()
     roles = compare_nodes(ours.flatten(0, 1)[tokens], theirs.flatten(0, 1)[tokens], spread, limits)
-    effects = node_effects(runs, batch, circuit.nodes)
-    weight = torch.cat([effects[location][mask].abs() for location, mask in circuit.nodes.items()]).double()
-    share = float((weight * roles.changed).sum() / weight.sum().clamp_min(TINY))
+    share = float((weight * roles.changed).sum() / weight.sum())
     heads = compare_heads(runs, batch)
     with torch.no_grad():
         interchanged = _interchange(runs, batch, theirs, limits, seed)
@@ -92,8 +94,8 @@ def role(
         n=len(batch),
         seed=seed,
         details={
-            "changed_nodes": float(roles.changed.double().mean()) if len(names) else 0.0,
-            "constant_nodes": float(roles.constant.double().mean()) if len(names) else 0.0,
+            "changed_nodes": float(roles.changed.double().mean()),
+            "constant_nodes": float(roles.constant.double().mean()),
             "correlation_median": _median(roles.correlation),
             "unexplained_median": _median(roles.unexplained),
             "shift_median": _median(roles.shift[roles.constant]),

@@ -1,12 +1,12 @@
 """Runs of a model and of a circuit in it that the checks share, so that none is made twice."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from distill.circuits.ablation import Means, Resampled
+from distill.circuits.ablation import FreezeNorms, Means, Resampled
 from distill.circuits.answers import answer_logits
 from distill.circuits.circuit import Circuit
 from distill.circuits.edges import (
@@ -25,6 +25,9 @@ from distill.circuits.tasks import TaskBatch, logit_difference
 from distill.model.anatomy import anatomy
 from distill.model.run import Runnable
 from distill.model.sites import EXTRAS, Tap, chain
+
+AT_ONCE = 2048
+"""Tokens of one run of several node sets. Most of what a small run costs is not arithmetic, and is paid once."""
 
 
 class Runs:
@@ -93,9 +96,18 @@ class Runs:
         mask = MaskTap(nodes, means)
         return chain(mask, EdgeTap(self.model, dropped, means)) if edge_total(dropped) else mask
 
-    def restored(self, draw: Callable[[int], Bool[Tensor, "size"]]) -> Tap:
-        """The circuit with some of what was pruned back in place: `draw(size)` says which out of `size` things."""
-        nodes = {location: mask | draw(len(mask)) for location, mask in self.circuit.nodes.items()}
+    def restored(self, draw: Callable[[int], Bool[Tensor, "size"]], groups: Int[Tensor, "rows"] | None = None) -> Tap:
+        """The circuit with some of what was pruned back in place: `draw(size)` says which out of `size` things.
+
+        With `groups` the nodes are drawn anew for each group of rows, numbered from 0; edges are the same for all.
+        """
+
+        def back(mask: Tensor) -> Tensor:
+            if groups is None:
+                return mask | draw(len(mask))
+            return torch.stack([mask | draw(len(mask)) for _ in range(int(groups.max()) + 1)])[groups][:, None]
+
+        nodes = {location: back(mask) for location, mask in self.circuit.nodes.items()}
         return self._tap(nodes, chosen_edges(self.dropped, ~draw(edge_total(self.dropped))), self.means)
 
     @torch.no_grad()
@@ -137,6 +149,29 @@ class Runs:
             with torch.no_grad():
                 return module.difference(batch, nodes=nodes, edges=edges).double().cpu()
         return self.difference(batch, self.logits(batch, self.tap(nodes, means, edges=edges)))
+
+    @torch.no_grad()
+    def each(
+        self, batch: TaskBatch, sets: Sequence[Nodes], *, means: Means | None = None, norms: FreezeNorms | None = None
+    ) -> Float[Tensor, "sets n"]:
+        """Logit differences of the model with only these nodes, for each of several sets, pruned edges and all.
+
+        `means` are ablation values in place of the circuit's, `norms` hold every norm's scale. Several sets share a
+        run, each with its own copy of the prompts.
+        """
+        means = self.means if means is None else means
+        size, found = max(1, AT_ONCE // batch.tokens.numel()), []
+        for start in range(0, len(sets), size):
+            part = sets[start : start + size]
+            rows = torch.arange(len(batch)).repeat(len(part))
+            masks = {
+                location: torch.stack([nodes[location] for nodes in part]).repeat_interleave(len(batch), 0)[:, None]
+                for location in self.circuit.nodes
+            }
+            mask, copies = MaskTap(masks, means.rows(rows.to(self.device))), batch.select(rows)
+            tap = mask if norms is None else chain(mask, norms.rows(rows.to(self.device)))
+            found.append(self.difference(copies, self.logits(copies, tap)).view(len(part), -1))
+        return torch.cat(found)
 
     def _module(self, batch: TaskBatch) -> Standalone:
         if id(batch) not in self._modules:

@@ -8,7 +8,7 @@ from distill.circuits.faithfulness.check import Check, verdict_of
 from distill.circuits.faithfulness.limits import Limits
 from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import by_pair, share_p, spread_of
-from distill.circuits.faithfulness.sufficiency import answer_kl
+from distill.circuits.objectives import answer_kl
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
 

@@ -70,6 +70,7 @@ def stability(
         verdict=verdict,
         reason=reason,
         n=sum(len(batch) for batch in batches),
+        seed=config_of(circuit).seed,
         details={
             "jaccard_nodes_min": min(nodes),
             "jaccard_edges_mean": sum(edges) / len(edges),

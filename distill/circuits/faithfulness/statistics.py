@@ -85,7 +85,8 @@ def refit(
 ) -> tuple[Float[Tensor, "sets"], Float[Tensor, "sets"]]:
     """For each set of logit differences d the least mean log(1 + exp(-s d)) over 0 <= s <= largest, and that s.
 
-    The loss is convex in s, so its derivative is bisected, for all sets at once. Losses are at most ln 2 (s = 0).
+    The loss is convex in s, so its derivative is bisected, for all sets at once. Losses are at most ln 2 (s = 0); those
+    under 1e-12, which only say that the scale was bounded, are given as 0.
     """
     d = differences.double()
 
@@ -102,4 +103,5 @@ def refit(
         falling = slope(middle) < 0
         low, high = torch.where(falling, middle, low), torch.where(falling, high, middle)
     scale = (low + high) / 2
-    return torch.nn.functional.softplus(-scale[:, None] * d).mean(1), scale
+    losses = torch.nn.functional.softplus(-scale[:, None] * d).mean(1)
+    return torch.where(losses < 1e-12, 0.0, losses), scale

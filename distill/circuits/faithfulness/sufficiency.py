@@ -13,6 +13,7 @@ from distill.circuits.faithfulness.limits import Limits
 from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import by_pair, mean_interval, spread_of
 from distill.circuits.masks import MaskTap, all_nodes
+from distill.circuits.objectives import answer_kl
 from distill.circuits.tasks import TaskBatch
 from distill.model.run import Runnable
 
@@ -23,6 +24,7 @@ def sufficiency(
     circuit: Circuit,
     batch: TaskBatch,
     *,
+    seed: int = 0,
     limits: Limits | None = None,
     runs: Runs | None = None,
 ) -> Check:
@@ -33,9 +35,10 @@ def sufficiency(
 
     with a over the two answers (`kl_answers_*`, and `kl_answers_calibrated_*`) and over the vocabulary
     (`kl_vocabulary_*`), per prompt; agreement is the share of prompts with the same arg max; `loss_low` and `loss_high`
-    are the ends of a 95% bootstrap interval over pairs. `batch` holds prompts that pruning never saw. Flagged where the
-    target is missed or met only after calibration, where it is met though the model itself misses it, and where the
-    95th percentile of the KL on the answers exceeds `tail_ratio` times its median (and `tail_floor` nats).
+    are the ends of a 95% bootstrap interval over pairs, drawn with `seed`. `batch` holds prompts that pruning never
+    saw. Flagged where the target is missed or met only after calibration, where it is met though the model itself
+    misses it, and where the 95th percentile of the KL on the answers exceeds `tail_ratio` times its median (and
+    `tail_floor` nats).
     CircuitMismatchError for a circuit of another model.
     """
     limits, runs = limits or Limits(), runs or Runs(model, circuit)
@@ -43,7 +46,7 @@ def sufficiency(
     full, difference = runs.difference(batch, logits), runs.difference(batch, ours)
     calibrated = circuit.calibration(difference, batch.orientation.double().cpu())
     answers = answer_kl(full, difference)
-    low, high = mean_interval(by_pair(softplus(-difference)))
+    low, high = mean_interval(by_pair(softplus(-difference)), seed=seed)
     details = {
         "loss_full": float(two_way_loss(full)),
         "loss_calibrated": float(two_way_loss(calibrated)),
@@ -67,6 +70,7 @@ def sufficiency(
         verdict=verdict,
         reason=reason,
         n=len(batch),
+        seed=seed,
         details=details,
     )
 
@@ -96,15 +100,6 @@ def kl(model: Float[Tensor, "n A"], circuit: Float[Tensor, "n A"]) -> Float[Tens
     """KL(model || circuit) between the softmax distributions of two sets of logits, in nats per prompt, at least 0."""
     p, q = log_softmax(model.double(), -1), log_softmax(circuit.double(), -1)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
-
-
-def answer_kl(model: Float[Tensor, "n"], circuit: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """`kl` on the two answers, from logit differences."""
-    return kl(_pair(model), _pair(circuit))
-
-
-def _pair(difference: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
-    return torch.stack([difference, torch.zeros_like(difference)], -1)
 
 
 @torch.no_grad()

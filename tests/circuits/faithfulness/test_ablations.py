@@ -1,5 +1,6 @@
 """Ablation matrix: the planted circuit works whatever the rest is; one that lives on a mean or on a norm does not."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from distill.circuits.answers import answer_difference, chain, frozen_norms, two_way_loss
 from distill.circuits.faithfulness.ablations import ablations
+from distill.circuits.faithfulness.statistics import rank_p
 from distill.circuits.faithfulness.sufficiency import sufficiency
 from distill.circuits.masks import all_nodes
 
@@ -28,6 +30,10 @@ def test_cells_are_what_they_are_called(even, planted, make_prompts, make_window
         by_hand = float(two_way_loss(answer_difference(planted, batch, held)))
     assert check.details["mean_frozen"] == pytest.approx(by_hand, rel=1e-4)
     assert check.value == max(check.details["resample_free"], check.details["mean_frozen"])
+    # Read against random circuits as these are: at the best scale, which is never worse, nor worse than chance.
+    refitted = check.details["refitted"]
+    assert refitted <= min(check.value, math.log(2)) + 1e-9
+    assert check.p == rank_p(refitted, check.control, high=False)
 
 
 def test_the_whole_model_does_not_depend_on_ablation_values(circuit, planted, make_prompts, make_windows, quick):

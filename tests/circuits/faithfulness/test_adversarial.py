@@ -39,8 +39,7 @@ def test_the_ascent_finds_what_one_value_can_do(cancelling, make_circuit, make_p
         assert bool((mask[circuit.nodes[location]] == 1).all())
 
 
-def test_with_nothing_to_restore_it_is_the_model(circuit, planted, make_prompts, quick):
+def test_with_nothing_to_restore_it_is_not_asked(circuit, planted, make_prompts, quick):
     whole, batch = circuit.with_nodes(all_nodes(planted.widths)), make_prompts(4, 5)
     check = adversarial(planted, whole, batch, batch, limits=quick)
-    assert check.value == pytest.approx(check.details["loss_circuit"])
-    assert check.control == pytest.approx([check.value] * 4) and check.verdict == "flag"
+    assert check.verdict == "skipped" and "no node was pruned" in check.reason

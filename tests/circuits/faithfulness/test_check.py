@@ -25,6 +25,12 @@ def test_a_skipped_check_flags_nothing():
     assert check.typical_control is None
 
 
+def test_what_is_no_number_can_only_be_skipped():
+    for verdict in ("pass", "flag", "artefact"):
+        with pytest.raises(ValueError, match="value: got nan in check 'role'; allowed .* skipped"):
+            Check(name="role", value=math.nan, threshold=0.1, verdict=verdict, reason="", n=4)
+
+
 def test_verdicts_and_numbers_in_words():
     assert verdict_of(["one", "two"], "fine") == ("flag", "one; two")
     assert verdict_of([], "fine") == ("pass", "fine")
@@ -33,7 +39,8 @@ def test_verdicts_and_numbers_in_words():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("sets", 0), ("seeds", 1), ("percentile", 101), ("agreement", 1.5), ("shares", (0.5,)), ("shares", (0.0, 2.0)),
+    [("sets", 0), ("draw_pairs", 0), ("control_pairs", 0),
+     ("seeds", 1), ("percentile", 101), ("agreement", 1.5), ("shares", (0.5,)), ("shares", (0.0, 2.0)),
      ("curve_edges", (0,)), ("control_suspicious", 1.0), ("sharp", 0.01), ("tail_ratio", -1.0), ("other_tasks", -1)],
 )  # fmt: skip
 def test_limits_that_make_no_sense_are_refused(field, value):

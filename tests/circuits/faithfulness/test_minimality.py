@@ -90,3 +90,8 @@ def test_a_model_that_cannot_be_taken_apart_is_judged_under_taps(make_circuit, m
     circuit = make_circuit(model, ("0.attn.act_in.0", "0.attn.v.0", "0.attn.resid_delta.0", "0.mlp.post_act.1"))
     check = minimality(model, circuit, make_prompts(4, 5))
     assert check.details["nodes_tried"] == 4 and check.details["edges_tried"] == 2
+
+
+def test_a_circuit_without_nodes_is_not_asked(circuit, planted, make_prompts, choose):
+    check = minimality(planted, circuit.with_nodes(choose(planted, ())), make_prompts(4, 5))
+    assert check.verdict == "skipped" and "no nodes" in check.reason

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.circuits.circuit import CircuitMismatchError
-from distill.circuits.faithfulness.necessity import corpus_loss, loss_without, necessity
+from distill.circuits.faithfulness.necessity import corpus_loss, necessity
 
 
 def test_the_planted_circuit_is_necessary(circuit, planted, make_prompts):
@@ -22,8 +22,7 @@ def test_idle_nodes_are_an_artefact(circuit, planted, make_prompts, choose):
     idle = circuit.with_nodes(choose(planted, ("0.mlp.post_act.1",)))
     check = necessity(planted, idle, make_prompts(16, 5), sets=5, seed=1)
     assert check.value < 0.01 and check.verdict == "artefact" and "nothing is lost" in check.reason
-    full, scale = loss_without(planted, choose(planted, ()), circuit.means, make_prompts(16, 5))
-    assert full < 0.01 and scale >= 0
+    assert check.details["loss_full"] < 0.01 and check.details["scale"] >= 0
 
 
 def test_what_random_nodes_do_as_well_is_flagged(circuit, planted, make_prompts, choose):
@@ -57,8 +56,9 @@ def test_the_loss_on_text_is_that_of_the_logits(planted, make_windows):
 
 
 def test_the_refitted_loss_never_exceeds_chance(circuit, planted, make_prompts):
-    loss, scale = loss_without(planted, circuit.nodes, circuit.means, make_prompts(16, 5))
-    assert 0 <= loss <= math.log(2) + 1e-9 and scale >= 0
+    check = necessity(planted, circuit, make_prompts(16, 5), sets=2)
+    assert min(check.value, *check.control) >= 0 and max(check.value, *check.control) <= math.log(2) + 1e-9
+    assert check.details["scale"] >= 0 and check.reason.endswith("no other task was there to compare with")
 
 
 def test_bad_input_is_refused(circuit, planted, make_planted, make_prompts):

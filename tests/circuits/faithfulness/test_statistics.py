@@ -74,6 +74,8 @@ def test_refits_by_hand():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert losses.tolist() == pytest.approx([math.log(2), entropy, math.log(2), 0.0], abs=1e-9)
     assert scales.tolist() == pytest.approx([0.0, math.log(3), 0.0, 100.0], abs=1e-9)
+    # At the largest scale a loss of e^-100 is left, which says only where the scale was bounded.
+    assert losses[3] == 0 < refit(torch.tensor([[0.2]]))[0][0]
 
 
 @settings(max_examples=50, deadline=None)

@@ -41,5 +41,14 @@ def test_a_circuit_that_has_both_of_them_passes(cancelling, make_circuit, make_p
 
 def test_with_nothing_to_restore_every_draw_is_the_model(planted, circuit, make_prompts, quick):
     whole = circuit.with_nodes(all_nodes(planted.widths))
-    check = stochastic(planted, whole, make_prompts(4, 5), limits=replace(quick, shares=(0.0, 0.5, 1.0)))
+    limits = replace(quick, shares=(0.0, 0.5, 1.0), draw_pairs=4)
+    check = stochastic(planted, whole, make_prompts(4, 5), limits=limits)
     assert check.details["mean_0"] == check.details["max_0.5"] == check.details["mean_1"]
+
+
+def test_all_prompts_get_their_turn(planted, circuit, make_prompts, quick):
+    # Nothing is restored, so that the draws differ in their prompts alone: eight draws of two pairs are all sixteen.
+    whole, limits = circuit.with_nodes(all_nodes(planted.widths)), replace(quick, draws=8, draw_pairs=2)
+    details = stochastic(planted, whole, make_prompts(16, 5), limits=limits).details
+    assert details["mean_0.5"] == pytest.approx(details["mean_1"], rel=1e-4)
+    assert details["max_0.5"] > details["max_1"]

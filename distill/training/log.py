@@ -1,0 +1,91 @@
+"""What a training says while it goes on: lines in a file, the same to trackers, and a word for the progress bar."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from distill.artifact import append_line
+from distill.training.settings import TrainConfig
+
+METRICS = "metrics.jsonl"
+TENSORS = "tensors.jsonl"
+PROJECT = "distill"
+"""The name under which trackers file a run."""
+
+
+def make_engine(config: TrainConfig, folder: Path) -> Accelerator:
+    """Accelerate's engine with the trackers that the settings name; `ValueError` for one that is not installed."""
+    installed = sorted(tracker.value for tracker in get_available_trackers())
+    for name in config.trackers:
+        if name not in installed:
+            raise ValueError(
+                f"trackers: got {name!r}, allowed are those installed: {', '.join(installed) or 'none is'}"
+            )
+    return Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
+
+
+class Log:
+    """The lines of one run, in its folder and in the engine's trackers."""
+
+    def __init__(self, folder: Path, engine: Accelerator) -> None:
+        self.folder, self.engine = folder, engine
+        self.history: list[dict[str, Any]] = []
+        """The lines of `METRICS`."""
+
+    def start(self, config: TrainConfig) -> None:
+        """Opens the trackers, which get the settings; those that the caller has opened stay as they are."""
+        if self.engine.log_with and not self.engine.trackers:
+            simple = {
+                name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+                for name, value in asdict(config).items()
+            }
+            self.engine.init_trackers(PROJECT, config=simple)
+
+    def go_back(self, step: int) -> None:
+        """Takes up the lines of an earlier process up to `step`; what it wrote after that is done again."""
+        for name in (METRICS, TENSORS):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            lines = _lines_until(path, step)
+            if name == METRICS:
+                self.history = lines
+            if self.engine.is_main_process:
+                kept = path.with_name(f".{name}.kept")
+                kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                os.replace(kept, path)
+
+    def write(self, line: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> None:
+        """Adds a line, and what there is to say of each tensor."""
+        self.history.append(dict(line))
+        if not self.engine.is_main_process:
+            return
+        append_line(self.folder / METRICS, line)
+        if tensors is not None:
+            append_line(self.folder / TENSORS, {"step": line["step"], "tensors": tensors})
+        self.engine.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        """Lets the trackers finish."""
+        for tracker in self.engine.trackers:
+            tracker.finish()
+
+
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The whole lines of steps up to `step`; a killed process may have left half a line at the end."""
+    whole = path.read_text().rpartition("\n")[0].splitlines()
+    return [line for line in map(json.loads, whole) if line["step"] <= step]
+
+
+def in_short(line: Mapping[str, Any]) -> str:
+    """A line for the progress bar."""
+    return (
+        f"loss {line['loss']:.3f}, kept {line['kept']:.3g}, rate {line['rate']:.3g}, "
+        f"{line['tokens_per_second']:.0f} tokens/s"
+    )
