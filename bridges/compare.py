@@ -326,8 +326,15 @@ def judge(
     began = time.perf_counter()
     enough = sufficiency(subject.model, circuit, batch)
     corpus = subject.sample[:CORPUS_WINDOWS]
-    drawn = {"sets": config.random_sets, "seed": config.prune.seed}
-    needed = necessity(subject.model, circuit, batch, others=others or None, corpus=corpus, **drawn)
+    needed = necessity(
+        subject.model,
+        circuit,
+        batch,
+        sets=config.random_sets,
+        others=others or None,
+        corpus=corpus,
+        seed=config.prune.seed,
+    )
     return {
         "loss_circuit": enough.value,
         "loss_calibrated": enough.details["loss_calibrated"],

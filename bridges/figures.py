@@ -70,7 +70,7 @@ def plot_bridge(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         raise ValueError(
             "tasks: none has an interchange; allowed are comparisons with a bridge and a student's circuit"
         )
-    figure = _figure(10.0, 0.7 + 2.4 * len(shown))
+    figure = _figure(10.0, 1.2 + 2.4 * len(shown))
     grid = figure.subplots(len(shown), 2, squeeze=False)
     for (name, row), (left, right) in zip(shown.items(), grid, strict=True):
         _interchange_axes(left, row["interchange"]["sites"])
@@ -79,8 +79,9 @@ def plot_bridge(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         right.set_ylabel("task loss, nats", fontsize=8)
     grid[0][0].set_title("interchange through the bridge", fontsize=9)
     grid[0][1].set_title("only the bridged subspace kept (solid), removed (dashed)", fontsize=9)
-    for axes in grid[0]:
-        axes.legend(fontsize=7, loc="best")
+    keys = [axes.get_legend_handles_labels() for axes in grid[0]]
+    handles, labels = (keys[0][part] + keys[1][part] for part in (0, 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -89,15 +90,15 @@ def _interchange_axes(axes: Axes, sites: Sequence[Mapping[str, Any]]) -> None:
     places = np.arange(len(names))
     low, high = (np.array([np.quantile(one["controls"] or [np.nan], q) for one in sites]) for q in (0.05, 0.95))
     axes.fill_between(places, low, high, color=GREY, alpha=0.35, linewidth=0, label="random channels, 5-95%")
-    for key, words, style in (
-        ("ceiling", "all channels", {"color": COLOURS["student"], "linestyle": ":"}),
-        ("effect", "the circuit's channels", {"color": COLOURS[SPARSE], "marker": "o", "markersize": 4}),
-        ("unrelated", "unrelated student's circuit", {"color": COLOURS[DENSE], "marker": "s", "markersize": 3}),
-        ("class_means", "difference of class means", {"color": "#7d4fb8", "linestyle": "--"}),
+    for key, words, colour, line in (
+        ("ceiling", "all channels", COLOURS["student"], ":"),
+        ("effect", "the circuit's channels", COLOURS[SPARSE], "o-"),
+        ("unrelated", "unrelated student's circuit", COLOURS[DENSE], "s-"),
+        ("class_means", "difference of class means", "#7d4fb8", "--"),
     ):
         values = [np.nan if one[key] is None else one[key] for one in sites]
         if not np.all(np.isnan(values)):
-            axes.plot(places, values, label=words, linewidth=1.3, **style)
+            axes.plot(places, values, line, label=words, linewidth=1.3, color=colour, markersize=4)
     _site_axis(axes, names)
 
 

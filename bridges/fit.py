@@ -265,6 +265,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def _brief(metrics: Metrics) -> dict[str, float]:
     """Held-out values for the log: the models' losses, and means over sites."""
     found = {f"heldout_{name}": metrics[name] for name in ("student_ce", "student_kl", "dense_ce")}
+    found["heldout_loss"] = metrics["student_ce"]  # the name by which the trainer knows its best checkpoint
     for name in ("nmse_d2s", "nmse_s2d", "kl_d2s", "kl_s2d"):
         mean = _mean(metrics, name)
         if mean is not None:

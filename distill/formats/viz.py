@@ -27,7 +27,7 @@ from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.command import no_type_check
 from distill.model.openai import DEFAULTS, PLACES
 from distill.model.run import Runnable
-from distill.model.sites import FINAL_SITE, chain, node_locations
+from distill.model.sites import FINAL_SITE, chain
 from distill.model.torch_file import save_torch
 from distill.model.transformer import SparseTransformer
 
@@ -330,8 +330,3 @@ def _examples(
 def _item(windows: Tensor, x: Tensor, place: int) -> tuple[Tensor, Tensor, int]:
     row, position = divmod(place, windows.shape[1])
     return windows[row].cpu().clone(), x[row].clone(), position
-
-
-def locations_of(model: Runnable) -> tuple[str, ...]:
-    """Places that a payload of this model may name, `final_resid` besides."""
-    return node_locations(model.n_layer)

@@ -109,6 +109,7 @@ def test_nodes_still_in_question_run_as_in_the_masked_model(search, kept, choose
 
 
 def test_nodes_out_for_good_stay_out(search):
+    search.config = PruneConfig(start_room=1.0)
     search.screen(GOAL)
     search.learn(GOAL, 20)
     out = ~search.masks.open

@@ -164,7 +164,7 @@ configs = st.fixed_dictionaries(
         "afrac": st.sampled_from([None, 0.25, 0.5, 0.7, 1.0]),
         "afrac_loctypes": st.lists(st.sampled_from(PLACES), unique=True).map(",".join),
         "tied_unembed": st.booleans(),
-        "d_head": st.sampled_from([None, 3]),
+        "d_head": st.sampled_from([None, 5]),
         "d_mlp": st.sampled_from([None, 12]),
         "enable_bigram_table": st.booleans(),
         "learnable_bigram_table": st.booleans(),

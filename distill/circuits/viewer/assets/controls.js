@@ -106,7 +106,10 @@ function drawNotes() {
     const out = page.circuits[circuit].edges_left_out;
     if (out) notes.push(`${page.circuits[circuit].name}: the ${number(out)} weakest edges are not in this page`);
   }
+  const before = byId("notes").childElementCount;
   byId("notes").replaceChildren(...notes.map((text) => el("p", {}, text)));
+  // They take room from the graph.
+  if (plan && notes.length !== before) fit();
 }
 
 function drawLegend() {
