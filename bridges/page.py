@@ -8,7 +8,7 @@ from bridges.correspondence import node_links
 from bridges.folder import load_bridged
 from bridges.lineup import bridge_folder
 from bridges.maps import Bridges
-from distill.artifact import ArtifactError, read_json
+from distill.artifact import ArtifactError, read_record
 from distill.circuits.circuit import SUFFIX, Circuit
 from distill.circuits.origin import find_subjects, find_task
 from distill.circuits.subject import Subject
@@ -113,8 +113,8 @@ def scorecard_beside(file: Path) -> dict[str, Any] | None:
     path = file.with_name(file.name.removesuffix(SUFFIX) + SCORECARD)
     if not path.is_file():
         return None
-    card = read_json(path, what="scorecard")
-    if not isinstance(card, dict) or not isinstance(card.get("checks"), list) or "verdict" not in card:
+    card = read_record(path, what="scorecard")
+    if not isinstance(card.get("checks"), list) or "verdict" not in card:
         raise ArtifactError(f"{path}: is no scorecard, it has no checks and verdict")
     return card
 

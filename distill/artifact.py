@@ -200,13 +200,16 @@ def _check_head(path: Path, head: Any, kind: str | None) -> None:
     """Refuse a head (manifest or tensor metadata) of unknown shape, a newer format or another kind."""
     if not isinstance(head, dict) or not isinstance(head.get("kind"), str):
         raise ArtifactError(f"{path}: holds no 'kind', so it is no artifact of distill-bridges")
-    version = head.get("format_version")
+    _check_version(path, head.get("format_version"))
+    if kind is not None and head["kind"] != kind:
+        raise ArtifactError(f"{path}: is of kind {head['kind']!r}, needed is {kind!r}")
+
+
+def _check_version(path: Path, version: Any) -> None:
     if type(version) is not int or version < 1:
         raise ArtifactError(f"{path}: format_version {version!r}, allowed are 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise ArtifactError(f"{path}: format {version} is newer than {FORMAT_VERSION}, the newest this version reads")
-    if kind is not None and head["kind"] != kind:
-        raise ArtifactError(f"{path}: is of kind {head['kind']!r}, needed is {kind!r}")
 
 
 def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
@@ -259,6 +262,23 @@ def read_json(path: str | Path, *, what: str, max_bytes: int = MAX_JSON_BYTES) -
         raise ArtifactError(f"{path}: {what} is nested too deep") from None
     except ValueError as error:
         raise ArtifactError(f"{path}: {what} is not JSON: {error}") from None
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """`write_json` of an object that is to be read back, its format version first."""
+    write_json(path, {"format_version": FORMAT_VERSION, **record})
+
+
+def read_record(path: str | Path, *, what: str) -> dict[str, Any]:
+    """What `write_record` wrote, without the version; one that has none is of version 1.
+
+    Raises `ArtifactError` as `read_json`, and for what is no object or of a version that is not read.
+    """
+    record = read_json(path, what=what)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{path}: is no {what}, which is a JSON object")
+    _check_version(Path(path), record.pop("format_version", 1))
+    return record
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

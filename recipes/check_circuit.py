@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import command
-from distill.artifact import write_json
+from distill.artifact import write_record
 from distill.circuits import Circuit
 from distill.circuits.faithfulness import Limits
 from distill.circuits.origin import find_subjects, find_task, labels
@@ -77,7 +77,7 @@ def check_circuit(options: Options) -> None:
             test_prompts(subjects[one.model], task, **setting) for one, task in zip(circuits, tasks, strict=True)
         ]
         both = versus(cards, models, circuits, prompts)
-        write_json((options.out or files[0].parent) / "versus.json", both.to_json())
+        write_record((options.out or files[0].parent) / "versus.json", both.to_json())
         print(both.table())
     elif len(cards) > 1:
         print(summary(cards))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill import command
-from distill.artifact import write_json
+from distill.artifact import write_record
 from distill.circuits import load_subject, load_task
 from distill.circuits.task_document import document, listing, pairs_shown
 from distill.circuits.task_table import evaluate_all, summary, table
@@ -71,7 +71,7 @@ def tasks(options: Options) -> None:
             print(table(records[-1], options.split), end="\n\n", flush=True)
         print(summary(records))
         if options.out is not None:
-            write_json(options.out, {"models": records})
+            write_record(options.out, {"models": records})
             print(f"tables in {options.out}")
     else:
         print(listing(chosen))

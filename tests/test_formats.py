@@ -12,12 +12,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import distill
-from distill.artifact import FORMAT_VERSION, ArtifactError, Provenance, fresh_folder, read_manifest
+from distill.artifact import (
+    FORMAT_VERSION,
+    ArtifactError,
+    Provenance,
+    fresh_folder,
+    read_manifest,
+    read_record,
+    write_record,
+)
 from distill.circuits import Circuit, Means
 from distill.circuits.answers import Calibration
+from distill.circuits.viewer.labels import read_labels, write_labels
 from distill.data.tokens import load_ids, save_ids
 from distill.model import Architecture, SparseTransformer
 from distill.model.compact import load_compact
+from distill.model.linear_path import LinearPath
 
 DOCUMENT = Path(distill.__file__).parent / "FORMATS.md"
 TINY = Architecture(vocab_size=31, context=16, n_layer=1, d_model=16, d_head=4)
@@ -124,3 +134,36 @@ def test_the_document_speaks_of_the_version_there_is() -> None:
         "viz_data.pt",
     ):
         assert name in text, name
+
+
+RECORDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    "a.labels.json": (
+        lambda path: write_labels(path.with_name("a.circuit.safetensors"), {"0.attn.q.1": "one"}),
+        lambda path: read_labels(path.with_name("a.circuit.safetensors")),
+    ),
+    "linear_path.json": (lambda path: LinearPath(other=0.5).save(path), LinearPath.load),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_say_their_version_and_refuse_a_newer_one(name: str, tmp_path: Path) -> None:
+    write, read = RECORDS[name]
+    path = tmp_path / name
+    write(path)
+    content = json.loads(path.read_text())
+    assert content["format_version"] == FORMAT_VERSION
+    first = read(path)
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "format_version"}))
+    assert read(path) == first  # of a time when there was none
+    path.write_text(json.dumps(content | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(ArtifactError, match=rf"{name}: format {FORMAT_VERSION + 1} is newer"):
+        read(path)
+
+
+def test_a_record_is_an_object_of_a_whole_version(tmp_path: Path) -> None:
+    write_record(tmp_path / "a.json", {"x": 1})
+    assert read_record(tmp_path / "a.json", what="thing") == {"x": 1}
+    for content in ("[]", '{"format_version": 0}', '{"format_version": "1"}', '{"format_version": true}'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(ArtifactError, match=r"a\.json"):
+            read_record(tmp_path / "a.json", what="thing")

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from distill.artifact import versions, write_json
+from distill.artifact import versions, write_record
 from distill.circuits.ablation import Means
 from distill.circuits.answers import frozen
 from distill.circuits.circuit import SUFFIX, Circuit
@@ -66,7 +66,7 @@ class Pareto:
     def save(self, folder: Path) -> None:
         """Writes {task}.{model}.pareto.json and .png, and one circuit for each target, into an existing folder."""
         name = f"{self.task}.{self.model}"
-        write_json(folder / f"{name}.pareto.json", self.record())
+        write_record(folder / f"{name}.pareto.json", self.record())
         plot([self], folder / f"{name}.pareto.png")
         for target, circuit in self.circuits.items():
             circuit.save(folder / f"{name}.{target:g}{SUFFIX}")

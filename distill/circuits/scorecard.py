@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.artifact import ArtifactError, read_json, versions, write_json
+from distill.artifact import ArtifactError, read_record, versions, write_record
 from distill.circuits.answers import answer_difference, frozen, two_way_loss
 from distill.circuits.circuit import Circuit
 from distill.circuits.faithfulness.ablations import ablations
@@ -174,7 +174,7 @@ class Scorecard:
 
     def save(self, path: str | Path) -> Path:
         """Writes the scorecard as JSON; returns the path."""
-        write_json(path, self.to_json())
+        write_record(path, self.to_json())
         return Path(path)
 
 
@@ -193,8 +193,8 @@ def check_free(path: Path, circuit: Circuit) -> None:
     """
     if not path.exists():
         return
-    found = read_json(path, what="scorecard")
-    if not isinstance(found, dict) or not {"checks", "verdict", "task", "model"} <= set(found):
+    found = read_record(path, what="scorecard")
+    if not {"checks", "verdict", "task", "model"} <= set(found):
         raise ArtifactError(f"{path}: is no scorecard and will not be overwritten; choose another folder")
     if (found["task"], found["model"]) != (circuit.task, circuit.model_name):
         raise ArtifactError(

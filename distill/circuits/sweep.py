@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.artifact import lock, read_json, versions, write_json
+from distill.artifact import lock, read_record, versions, write_record
 from distill.circuits.circuit import SUFFIX, Circuit, CircuitMismatchError
 from distill.circuits.faithfulness import Limits
 from distill.circuits.prune import prune
@@ -112,7 +112,7 @@ def sweep(config: SweepConfig, out: Path) -> list[dict[str, Any]]:
             bar.refresh()
         every = gather_object(records)
         if state.is_main_process:
-            write_json(out / SUMMARY, {"records": every, "config": asdict(config), "versions": versions()})
+            write_record(out / SUMMARY, {"records": every, "config": asdict(config), "versions": versions()})
     state.wait_for_everyone()
     return every
 
@@ -136,7 +136,7 @@ class _Worker:
         record = {"name": job.name, "task": job.task.name, "model": self.subject.name, "fingerprint": fingerprint}
         record |= {"seed": job.config.seed, "config": asdict(job.config), "checks": self.config.checks}
         record |= self._search(job, self.subject, files[1])
-        write_json(files[0], record)
+        write_record(files[0], record)
         return record
 
     def _search(self, job: Job, subject: Subject, file: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class _Worker:
 
 def _taken(job: Job, fingerprint: str, record: Path, circuit: Path) -> dict[str, Any]:
     """The record of a job that was done before."""
-    found = read_json(record, what="record of a sweep")
+    found = read_record(record, what="record of a sweep")
     if found["fingerprint"] != fingerprint:
         raise CircuitMismatchError(
             f"out: {record} belongs to a model with fingerprint {found['fingerprint'][:12]}, but {job.model!r} has "

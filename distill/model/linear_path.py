@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.artifact import ArtifactError, read_json, write_json
+from distill.artifact import ArtifactError, read_record, write_record
 from distill.command import no_type_check
 from distill.model import kernels
 
@@ -70,12 +70,12 @@ class LinearPath:
         """Writes JSON that `load` reads. ArtifactError or OSError where it cannot be written."""
         shapes = [{"o": o, "i": i, "density": density} for (o, i), density in self.crossovers.items()]
         content = {"kind": "linear path", "machine": self.machine, "threads": self.threads}
-        write_json(path, content | {"crossovers": shapes, "other": self.other})
+        write_record(path, content | {"crossovers": shapes, "other": self.other})
 
     @classmethod
     def load(cls, path: Path) -> "LinearPath":
         """Reads what `save` wrote. ArtifactError for a file that is missing or something else."""
-        content = read_json(path, what="linear path")
+        content = read_record(path, what="linear path")
         try:
             if content["kind"] != "linear path":
                 raise ValueError

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.artifact import ArtifactError, read_json, write_json
+from distill.artifact import ArtifactError, read_record, write_record
 from distill.circuits.circuit import SUFFIX
 from distill.model.sites import split_node
 
@@ -21,8 +21,8 @@ def read_labels(circuit: str | Path) -> dict[str, str]:
     path = labels_path(circuit)
     if not path.is_file():
         return {}
-    found = read_json(path, what="labels")
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+    found = read_record(path, what="labels")
+    if not all(isinstance(text, str) for text in found.values()):
         raise ArtifactError(f"{path}: holds no labels; allowed is one object, names of nodes to texts")
     for name in found:
         try:
@@ -35,5 +35,5 @@ def read_labels(circuit: str | Path) -> dict[str, str]:
 def write_labels(circuit: str | Path, labels: Mapping[str, str]) -> Path:
     """Writes labels beside a circuit's file; returns the path."""
     path = labels_path(circuit)
-    write_json(path, dict(labels))
+    write_record(path, labels)
     return path
