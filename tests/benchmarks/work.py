@@ -12,7 +12,7 @@ from measure import Line, all_in_turns, in_turns, setting_of
 
 from distill.circuits.answers import answer_difference, two_way_loss
 from distill.circuits.masks import MaskTap, NodeMasks
-from distill.circuits.subject import load_subject
+from distill.circuits.subject import Subject, load_subject
 from distill.circuits.tasks import encode, load_task
 from distill.model import Architecture, SparseTransformer, operations
 from distill.model.kernels.candidates import sample_of
@@ -170,9 +170,17 @@ def inference(turns: int) -> list[Row]:
 
 
 def masks(turns: int) -> list[Row]:
-    """A step of mask learning under task loss and price, 16 prompts, on the quickstart's sparse model."""
+    """A step of mask learning under task loss and price on the quickstart's sparse model: of about as many tokens as a
+    training step has, and of the few prompts that pruning takes."""
     subject = load_subject("sparse")
-    batch = encode(load_task("if_equals"), subject.tokenizer, "train", 8, 0)
+    return [
+        _mask_line(subject, 100, turns, least=3, stretch=6),
+        _mask_line(subject, 8, turns),
+    ]
+
+
+def _mask_line(subject: Subject, pairs: int, turns: int, **asked: float) -> Line:
+    batch = encode(load_task("if_equals"), subject.tokenizer, "train", pairs, 0)
     model = subject.model.requires_grad_(False)
     learned = NodeMasks(model.widths)
     optimizer = torch.optim.AdamW([learned.tau], lr=3e-2)
@@ -185,8 +193,8 @@ def masks(turns: int) -> list[Row]:
         optimizer.step()
         learned.clamp()
 
-    name = "mask optimisation step, quickstart's sparse model"
-    return [in_turns(name, step, step, turns=turns, inner=5, least=3, stretch=6)]
+    name = f"mask optimisation step, quickstart's sparse model, {batch.tokens.numel()} tokens"
+    return in_turns(name, step, step, turns=turns, inner=5, **asked)
 
 
 def plain_options(turns: int) -> list[Row]:

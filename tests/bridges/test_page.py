@@ -87,7 +87,7 @@ def test_targets_become_a_curve_and_what_lies_beside_is_shown(place: Path) -> No
     assert one["scorecard"] == card and one["labels"] == {name: "finds the quote"}
     assert one["name"] == "quotes in dense" and page.payload["links"] == []
     (place / "quotes.dense.0.4.scorecard.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="no scorecard"):
+    with pytest.raises(ArtifactError, match="scorecard"):
         circuit_page(files, models=[str(place / "dense")], task=str(place / "quotes.jsonl"), config=CONFIG)
     (place / "quotes.dense.0.4.scorecard.json").unlink()
 
