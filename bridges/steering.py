@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from bridges.maps import Bridges, check_bridges
@@ -60,7 +61,8 @@ class Steering:
     @property
     def monotone(self) -> float:
         """Spearman's rank correlation of strength and probability under the node, in [-1, 1]."""
-        return float(spearmanr(self.strengths, self.probability[NODE][0])[0])
+        ranks = [rankdata(values) for values in (self.strengths, self.probability[NODE][0])]
+        return float(np.corrcoef(*ranks)[0, 1])
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

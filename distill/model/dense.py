@@ -146,8 +146,11 @@ class DenseModel(Runnable):
     @property
     def obstacles(self) -> tuple[str, ...]:
         """What this family does that cannot be told by weights between nodes and biases, in words."""
-        found = {"rotary positions": self.family.rotary, "a gated MLP": self.family.mlp_gate}
-        found["attention to a window"] = "local" in getattr(self.config, "attention_layers", ())
+        found = {
+            "rotary positions": self.family.rotary is not None,
+            "a gated MLP": self.family.mlp_gate is not None,
+            "attention to a window": "local" in getattr(self.config, "attention_layers", ()),
+        }
         return tuple(words for words, there in found.items() if there)
 
     @property
@@ -309,5 +312,6 @@ def norm_options(norm: nn.Module) -> tuple[Tensor, Tensor | None, bool, float]:
     """Gain, bias, whether it centres, and epsilon of a LayerNorm or of one of transformers' RMSNorms."""
     if isinstance(norm, nn.LayerNorm):
         return norm.weight, norm.bias, True, norm.eps
-    assert hasattr(norm, "variance_epsilon"), norm
-    return norm.get_parameter("weight"), None, False, float(norm.variance_epsilon)
+    epsilon = getattr(norm, "variance_epsilon", None)
+    assert isinstance(epsilon, float), norm
+    return norm.get_parameter("weight"), None, False, epsilon

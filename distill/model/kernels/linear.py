@@ -19,9 +19,9 @@ from distill.model.kernels.pattern import Pattern
 from distill.model.kernels.topk import ACTIVATIONS, expected_cut, finish, pass_back, record_of
 
 DENSE_GRADIENT = 0.85
-"""Share of non-zeros in the output's gradient from which on the weight gradient is a dense product, where the map reads
-more than `NARROW` channels. Measured (2,048 tokens, AVX-512, two threads): at 0.6 the way without zeros takes two thirds
-of the dense time; at 1 it takes 1.1 of it for 1,024 channels, and 0.9 for 256, for which oneDNN has to copy more."""
+"""Share of non-zeros in the output's gradient from which on the weight gradient is a dense product, where the map
+reads more than `NARROW` channels. Measured (2,048 tokens, AVX-512, two threads): at 0.6 the way without zeros takes two
+thirds of the dense time; at 1 it takes 1.1 of it for 1,024 channels, and 0.9 for 256, where oneDNN has more to copy."""
 NARROW = 512
 CROSSOVER = 0.25
 """Density of a weight up to which its products are made without the zeros.
