@@ -75,8 +75,7 @@ class Lagrangian:
     """A number of nodes that is held by two multipliers, which climb with its excess over what is aimed at.
 
     The objective is sum_i J_i + a (s - t) + b (s - t)^2 for s the share of nodes kept and t the one aimed at, which
-    falls
-    linearly from 1 to `density` over the first 70% of the steps.
+    falls linearly from 1 to `density` over the first 70% of the steps.
     """
 
     RATE = 0.8

@@ -190,6 +190,8 @@ class EdgeTap:
         gates: Mapping[Matrix, Float[Tensor, "n"]] | None = None,
     ) -> None:
         parts, weights = anatomy(model), model.matrices()
+        if edge_total(removed) and parts.uncut:
+            raise ValueError(f"edges: the model has {' and '.join(parts.uncut)}, no single edge of it can be cut")
         self.means, self.gates, self.n_head = means, dict(gates or {}), model.n_head
         self.activation = activation(parts.activation)
         self.removed: dict[str, list[_Removed]] = {}

@@ -103,8 +103,8 @@ def pareto(
     """The smallest circuits of `model` for `task` at each target loss, in nats, from one warm-started search.
 
     Arguments as in `prune`; the target of `config` is replaced by each of `targets`. Targets out of reach keep a row
-    with
-    the reason. ValueError for no targets, and for a `goal` or relative target in `config`; else as `prune_batches`.
+    with the reason. ValueError for no targets, and for a `goal` or relative target in `config`; else as
+    `prune_batches`.
     """
     require(len(set(targets)) == len(targets) > 0, "targets", list(targets), "one or more different numbers above 0")
     require(

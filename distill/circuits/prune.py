@@ -36,6 +36,7 @@ from distill.circuits.search import Found, Search, Spent
 from distill.circuits.selection import TargetError
 from distill.circuits.settings import RELATIVE, Goal, PruneConfig, goal_for, require, target_for
 from distill.circuits.tasks import Task, TaskBatch, encode
+from distill.model.anatomy import anatomy
 from distill.model.run import Runnable
 
 LABEL_BETTER = "better than the model: not faithful"
@@ -68,9 +69,8 @@ def prune(
     """Finds a small circuit of `model` for `task` whose loss meets `config.target` [G 2.2, A.5].
 
     Learns on the task's training split, decides on its validation split; the test split is left for judging. `means`
-    are
-    the ablation values (`node_means`), `model_name` is for people, `corpus` the windows that resample draws from. The
-    model's weights are left untouched. See `prune_batches` for what is raised.
+    are the ablation values (`node_means`), `model_name` is for people, `corpus` the windows that resample draws from.
+    The model's weights are left untouched. See `prune_batches` for what is raised.
     """
     split = split_prompts(task, tokenizer, config, context=model.context)
     return prune_batches(
@@ -93,8 +93,7 @@ def split_prompts(
 
     Deciding and verifying take half of their pairs from the validation split and half, at most a sixth of all, from the
     training split: a circuit that is cut down on the templates of the validation split alone forgets those it was
-    learned
-    on, and does worse on further ones. The three share no pair.
+    learned on, and does worse on further ones. The three share no pair.
     """
     wanted = config.val_pairs + config.verify_pairs
     train, val = (
@@ -133,9 +132,13 @@ def prune_batches(
 
     MeansMismatchError where `means` belong to another model; NonFiniteError naming the place where an activation is not
     finite; TargetError where nothing that was found meets the target, or, under the faithful objective, where the model
-    itself does not; DeviceMemoryError, saying how many prompts fit; ValueError for an empty batch.
+    itself does not; DeviceMemoryError, saying how many prompts fit; ValueError for an empty batch, and for
+    `edge_clean_up` on a model whose edges cannot be cut one by one.
     """
     fingerprint = check_inputs(model, task_name, train, val, means)
+    uncut = " and ".join(anatomy(model).uncut)
+    require(not (uncut and config.edge_clean_up), "edge_clean_up", config.edge_clean_up,
+            f"0, as the model has {uncut} and no single edge of it can be cut")  # fmt: skip
     clock = Clock(config.time_budget)
     with frozen(model), guarded(model, Split(train=train, val=val), means, config, corpus):
         search = Search(model, train, val, verify, means, config, corpus)
@@ -183,8 +186,8 @@ def aims(search: Search, config: PruneConfig) -> tuple[float, list[Goal]]:
     if config.objective == "faithful" and target < full:
         raise TargetError(
             f"target: {target:.4g} nats is below what the full model reaches, {full:.4g}; a circuit that is to be "
-            "faithful "
-            f"cannot do better: give {full:.4g} or more, a relative target, or the paper objective, which allows it"
+            f"faithful cannot do better: give {full:.4g} or more, a relative target, or the paper objective, which "
+            "allows it"
         )
     losses = [goal_for(config, target, full), target]
     return target, [Goal(task=loss, faithful=search.limit) for loss in losses]

@@ -69,6 +69,8 @@ class Anatomy:
     """Learned positions that are added to the embedding."""
     logits_bias: Float[Tensor, " V"] | None
     bigram: Float[Tensor, "V V"] | None
+    uncut: tuple[str, ...] = ()
+    """What joins nodes other than by one weight, in words; single edges of such a model cannot be cut."""
     obstacles: tuple[str, ...] = ()
     """What the model does that these parts and its matrices do not tell, in words; a piece of it cannot stand alone."""
 
@@ -163,6 +165,7 @@ def _dense(model: DenseModel) -> Anatomy:
         embed_positions=None if positions is None else model.part(positions).get_parameter("weight").detach(),
         logits_bias=getattr(model.part(family.unembed), "bias", None),
         bigram=None,
+        uncut=model.uncut,
         obstacles=model.obstacles,
     )
 

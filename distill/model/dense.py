@@ -144,6 +144,12 @@ class DenseModel(Runnable):
         return part(names, layer).chunk(3) if isinstance(names, str) else [part(name, layer) for name in names]
 
     @property
+    def uncut(self) -> tuple[str, ...]:
+        """What joins nodes of this family other than by one weight, in words."""
+        found = {"a gated MLP": self.family.mlp_gate is not None, "values shared by heads": self.n_group > 1}
+        return tuple(words for words, there in found.items() if there)
+
+    @property
     def obstacles(self) -> tuple[str, ...]:
         """What this family does that cannot be told by weights between nodes and biases, in words."""
         found = {

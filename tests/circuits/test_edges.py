@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.circuits.ablation import Resampled, node_means
 from distill.circuits.edges import (
@@ -21,6 +22,7 @@ from distill.circuits.edges import (
     induced_edge_set,
 )
 from distill.circuits.masks import MaskTap, all_nodes
+from distill.model.anatomy import anatomy
 from distill.model.dense import DenseModel
 from distill.model.sites import chain
 from distill.model.transformer import Architecture, SparseTransformer
@@ -260,3 +262,16 @@ def test_the_gradient_of_a_gate_is_the_slope_of_the_run(seed, name):
     ones = {matrix: torch.ones(index.shape[1], dtype=torch.double) for matrix, index in edges.items()}
     whole = model.run(tokens, tap=MaskTap(nodes, means))[:, -1].square().sum()
     torch.testing.assert_close(value(ones), whole)
+
+
+def test_edges_of_gated_neurons_and_shared_values_are_not_cut():
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=8, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = DenseModel(LlamaForCausalLM(config).eval())
+    means = node_means(model, torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0)))
+    assert anatomy(model).uncut == ("a gated MLP", "values shared by heads")
+    EdgeTap(model, {QK: torch.zeros(2, 0, dtype=torch.long)}, means)  # nothing is cut
+    with pytest.raises(ValueError, match="edges: the model has a gated MLP and values shared by heads, no single edge"):
+        EdgeTap(model, {QK: torch.zeros(2, 1, dtype=torch.long)}, means)

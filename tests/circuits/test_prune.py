@@ -5,15 +5,18 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.circuits.ablation import MeansMismatchError, NonFiniteError, node_means
 from distill.circuits.answers import answer_difference, two_way_loss
+from distill.circuits.faithfulness.minimality import minimality
+from distill.circuits.masks import all_nodes
 from distill.circuits.memory import DeviceMemoryError
 from distill.circuits.prune import LABEL_BETTER, PruneConfig, prune, prune_batches, split_prompts
 from distill.circuits.selection import TargetError
 from distill.circuits.settings import goal_for, target_for
 from distill.circuits.tasks import load_task
-from distill.model import load_tokenizer
+from distill.model import DenseModel, load_tokenizer
 
 QUICK = {"steps": 30, "pairs": 8}
 
@@ -31,7 +34,7 @@ def test_the_planted_circuit_is_found_exactly_by_the_default_settings(
     model = make_planted(seed, stray=0.1)
     before = model.fingerprint()
     train, val, verify = (make_prompts(pairs, 10 * seed + place) for place, pairs in enumerate((64, 32, 32)))
-    means = node_means(model, make_windows())
+    means = node_means(model, make_windows(16))
     circuit = prune_batches(model, "opener", train, val, means, PruneConfig(seed=seed), verify=verify)
     assert set(circuit.node_names) == set(planted_names)
     found = {(source, target) for source, target, _ in circuit.to_json(model)["edges"]}
@@ -255,3 +258,19 @@ def test_from_a_task_file_and_a_tokenizer(
     circuit = prune(planted, task, word_tokenizer, planted_means, PruneConfig(**QUICK), model_name="planted")
     assert set(circuit.node_names) == set(planted_names)
     assert circuit.task == task.name and circuit.model_name == "planted"
+
+
+def test_a_model_whose_edges_cannot_be_cut_is_pruned_to_nodes(planted, make_prompts, make_windows):
+    config = LlamaConfig(
+        vocab_size=planted.vocab_size, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=planted.context, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DenseModel(LlamaForCausalLM(config).eval())
+    means = node_means(model, make_windows(16))
+    with pytest.raises(ValueError, match="edge_clean_up: got 3; allowed: 0, as the model has a gated MLP and values"):
+        run(model, means, make_prompts, steps=2, edge_clean_up=3)
+    circuit = run(model, means, make_prompts, steps=2, target=2.0, edge_clean_up=0)
+    assert circuit.kept_edges is None and 0 < circuit.losses["circuit"] <= 2.0
+    check = minimality(model, circuit.with_nodes(all_nodes(model.widths)), make_prompts(4, 5))
+    assert check.details["edges"] == 0 == check.details["edges_tried"] < check.details["nodes_tried"]

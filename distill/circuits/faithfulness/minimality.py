@@ -17,6 +17,7 @@ from distill.circuits.faithfulness.runs import Runs
 from distill.circuits.faithfulness.statistics import spread_of
 from distill.circuits.masks import Nodes
 from distill.circuits.tasks import TaskBatch
+from distill.model.anatomy import anatomy
 from distill.model.run import Runnable
 
 
@@ -32,7 +33,8 @@ def minimality(
 
         change_i = L(C without i) - L(C),  without effect: change_i < `no_effect` * target
 
-    in nats per prompt; to be better off without a node counts as no effect. The same for edges. Of more than
+    in nats per prompt; to be better off without a node counts as no effect. The same for edges, where the model has
+    such as can be cut (`Anatomy.uncut`). Of more than
     `single_nodes` nodes (`single_edges` edges) those are left out in turn of which the gradient says that they matter
     least, and the rest are taken to have an effect, so that the share is a lower bound. Flagged where any node has no
     effect, and any edge in a circuit whose edges were pruned; skipped for a circuit without nodes.
@@ -44,8 +46,10 @@ def minimality(
     bound = limits.no_effect * circuit.target
     nodes = _least([(location, int(c)) for location, mask in circuit.nodes.items() for c in mask.nonzero()[:, 0]],
                    _flat(loss_changes(runs, batch, circuit.nodes), circuit.nodes), limits.single_nodes)  # fmt: skip
-    edges = runs.edges
-    suspects = _least(list(range(edge_total(edges))), edge_changes(runs, batch), limits.single_edges)
+    # Where nodes are joined by more than a weight there is no single edge to leave out.
+    edges = {} if anatomy(model).uncut else runs.edges
+    changes = edge_changes(runs, batch) if edges else torch.zeros(0)
+    suspects = _least(list(range(edge_total(edges))), changes, limits.single_edges)
     loss = float(two_way_loss(runs.of(batch)))
     by_node = _changes(loss, [runs.of(batch, _without_node(circuit.nodes, *node)) for node in nodes.tried])
     by_edge = _changes(loss, [runs.of(batch, edges=_without_edge(edges, place)) for place in suspects.tried])
