@@ -96,7 +96,7 @@ def test_what_one_channel_is_in_the_other_model(batch: TaskBatch) -> None:
     torch.testing.assert_close(direction, (rho_s / rho_d * gain * (column - column.mean())).detach(), rtol=1e-4, atol=0)
 
 
-def test_the_first_in_rank_is_the_only_node_that_matters(batch: TaskBatch) -> None:
+def test_the_only_node_that_matters_stands_at_an_end_of_the_ranking(batch: TaskBatch) -> None:
     student = sparse()
     with torch.no_grad():
         for layer in student.layers:
@@ -106,9 +106,9 @@ def test_the_first_in_rank_is_the_only_node_that_matters(batch: TaskBatch) -> No
         mlp.mlp_in.weight[:, [0, 1, 2, 4, 5, 6, 7]] = 0
         mlp.mlp_out.weight.normal_(generator=torch.Generator().manual_seed(0))
     ranked = rank_reads(student, batch)
-    moved = {node: None for node in (*ranked[:1], *ranked[-1:])}
-    assert "1.mlp.act_in.3" in moved
     assert len(ranked) == 4 * WIDTH
+    # All others have no effect at all: it comes before or behind them, as its effect has one sign or the other.
+    assert "1.mlp.act_in.3" in (ranked[0], ranked[-1])
 
 
 def test_controls_are_as_long_and_seeded(batch: TaskBatch) -> None:
