@@ -65,11 +65,9 @@ def test_index_by_hand() -> None:
 
 
 def test_index_has_panels() -> None:
-    index = Index.of(torch.tensor([0, 255, 511, 599, 600, 1199]), 2, 600)
-    assert index.width == 1024 and index.panel_start.tolist() == [[0, 4], [4, 6]]
-    index = Index.of(torch.arange(1200), 2, 600)
-    assert index.width == 512
-    assert index.panel_start.tolist() == [[0, 512, 600], [600, 1112, 1200]]
+    """Of 2048 columns each."""
+    index = Index.of(torch.tensor([0, 2047, 2048, 2499, 2500, 4547, 4999]), 2, 2500)
+    assert index.panel_start.tolist() == [[0, 2, 4], [4, 6, 7]]
 
 
 def test_places_come_back() -> None:
@@ -86,7 +84,7 @@ def test_places_come_back() -> None:
     SEEDS,
     st.integers(1, 600),
     st.integers(1, 90),
-    st.integers(1, 700),
+    st.one_of(st.integers(1, 300), st.integers(2040, 2100)),
     st.sampled_from([0.0, 0.02, 0.3, 1.0]),
     st.sampled_from([0.0, 0.25, 1.0]),
 )

@@ -7,13 +7,12 @@
 #include <algorithm>
 #include <cmath>
 
-static const int BLOCK = 64;                     // tokens per word of a mask
-static const int BLOCKS = LANES == 16 ? 4 : 1;   // of which a row's gradient is kept in registers at a time
-static const int SPAN = BLOCKS * BLOCK;
-static const int VECTORS = SPAN / LANES;
-static const int64_t GROUP = 4096;               // rows per job, at most: their places stay in a core's cache
-static const int64_t LEAST_GROUP = 128;          // and at least
-static const int64_t CHUNK = 1 << 14;            // places per piece of a pass
+static const int BLOCK = 64;             // tokens per word of a mask
+static const int VECTORS = BLOCK / LANES;
+static const int64_t GROUP = 4096;       // rows per job, at most: their places stay in a core's cache
+static const int64_t LEAST_GROUP = 128;  // and at least
+static const int64_t AHEAD = 8;          // rows from the one at work to the one that is fetched
+static const int64_t CHUNK = 1 << 14;    // places per piece of a pass
 
 struct Entry {
     int32_t at;  // column (by rows) or row (by columns)
@@ -49,13 +48,13 @@ static inline void spread(const float* from, uint64_t word, Floats* to) {
 #endif
 }
 
-// out[i] += grad . x[at[i]] over a span, for `here` places, COUNT at most; x (columns, SPAN).
+// out[i] += grad . x[at[i]] over a block, for `here` places, COUNT at most; x (columns, BLOCK).
 template <int COUNT>
 static inline void sample(const Floats* grad, const float* x, const int32_t* at, int64_t here, float* out) {
     Floats parts[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT; i++) {
-        const float* from = x + (int64_t)at[i < here ? i : 0] * SPAN;
+        const float* from = x + (int64_t)at[i < here ? i : 0] * BLOCK;
         Floats one = grad[0] * load(from), other = grad[1] * load(from + LANES);
 #pragma GCC unroll 16
         for (int v = 2; v < VECTORS; v += 2) {
@@ -124,28 +123,25 @@ void candidates_gradient(
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         static thread_local Scratch scratch;
-        float* panel = scratch.of<float>(width * SPAN);
+        float* panel = scratch.of<float>(width * BLOCK);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t job = 0; job < panels * groups; job++) {
             int64_t p = job / groups, first = job % groups * height, last = std::min(rows, first + height);
             int64_t column = p * width, here = std::min(width, columns - column);
-            for (int64_t t = 0; t < tokens; t += SPAN) {
-                gather(x + t * columns + column, columns, here, std::min<int64_t>(SPAN, tokens - t), SPAN, panel);
+            for (int64_t t = 0; t < tokens; t += BLOCK) {
+                gather(x + t * columns + column, columns, here, std::min<int64_t>(BLOCK, tokens - t), BLOCK, panel);
+                const float* values = blocks + t * rows;
+                const int32_t* begin = place + t / BLOCK * rows;
+                const uint64_t* words = mask + t / BLOCK * rows;
                 for (int64_t r = first; r < last; r++) {
+                    // Rows have few values and few places: without this most of the time goes by waiting for them.
+                    __builtin_prefetch(values + begin[std::min(r + AHEAD, last - 1)]);
                     int32_t from = panel_start[r * (panels + 1) + p], to = panel_start[r * (panels + 1) + p + 1];
-                    if (from == to) continue;
+                    // Without a bit nothing is to be read; the place may lie behind the last value.
+                    if (from == to || !words[r]) continue;
                     Floats grad[VECTORS];
-                    uint64_t any = 0;
-#pragma GCC unroll 4
-                    for (int b = 0; b < BLOCKS; b++) {
-                        int64_t block = t / BLOCK + b;
-                        uint64_t word = block * BLOCK < tokens ? mask[block * rows + r] : 0;
-                        // Without a bit nothing is to be read; the place may lie behind the last value.
-                        const float* values = word ? blocks + block * rows * BLOCK + place[block * rows + r] : blocks;
-                        spread(values, word, grad + b * BLOCK / LANES);
-                        any |= word;
-                    }
-                    if (any) sample_row(grad, panel - column * SPAN, at + from, to - from, out + from);
+                    spread(values + begin[r], words[r], grad);
+                    sample_row(grad, panel - column * BLOCK, at + from, to - from, out + from);
                 }
             }
         }

@@ -20,8 +20,9 @@ from distill.model.kernels.linear import Gradient, linear_maps
 from distill.model.kernels.pattern import Pattern
 from distill.model.kernels.projection import magnitude_cut, shrink_
 
-# Columns that are looked at together: many enough that a row has so many places among them, few enough for a cache.
-_PLACES, _NARROWEST, _WIDEST = 10, 512, 1024
+# Columns that are looked at together: many, so that a row has places among them; a block of their activations (512 KiB)
+# still fits into a core's cache.
+_PANEL = 2048
 
 _samples: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -70,7 +71,7 @@ class Sample:
         """Adds the gradient of the weight at the places, from that of a compiled map's output and what the map read."""
         assert self.index is not None, "places were not made for the compiled operations"
         blocks, place, bits = gradient.parts[:3]
-        places = (self.index.panel_start, self.index.at, self.index.width)
+        places = (self.index.panel_start, self.index.at, _PANEL)
         n = threads(gradient.tokens * (self.rows + self.columns))
         parts = (blocks, place, bits, self.rows, self.columns, x, gradient.tokens)
         call("candidates_gradient", *parts, *places, self.gradient, n)
@@ -95,7 +96,6 @@ class Index:
 
     start: Tensor
     at: Tensor
-    width: int
     panel_start: Tensor
 
     @classmethod
@@ -103,12 +103,9 @@ class Index:
         """From ascending flat places."""
         start = torch.searchsorted(places, torch.arange(rows + 1) * columns).int()
         at = (places % columns).int()
-        width = _NARROWEST
-        while width < _WIDEST and width * places.numel() < _PLACES * rows * columns:
-            width *= 2
-        panel_start = torch.empty(rows, -(-columns // width) + 1, dtype=torch.int32)
-        call("candidates_panels", start, at, rows, columns, width, panel_start)
-        return cls(start=start, at=at, width=width, panel_start=panel_start)
+        panel_start = torch.empty(rows, -(-columns // _PANEL) + 1, dtype=torch.int32)
+        call("candidates_panels", start, at, rows, columns, _PANEL, panel_start)
+        return cls(start=start, at=at, panel_start=panel_start)
 
 
 def sample_(weight: Tensor, sample: Sample | None) -> None:
