@@ -2,9 +2,8 @@
 
 Each step minimises  sum_i w_i J_i + price * (number of nodes)  over the losses J_i that have a limit. The source fixes
 the price [G A.5] and has to search for it. The constraint controller minimises the number of nodes subject to the
-limits: each has a multiplier that grows while its loss is above the limit and shrinks while it is below, so that
-there is
-nothing to search for. Edge Pruning (arXiv 2406.16778) holds the number of nodes instead.
+limits: each has a multiplier that grows while its loss is above the limit and shrinks while it is below, so that there
+is nothing to search for. Edge Pruning (arXiv 2406.16778) holds the number of nodes instead.
 """
 
 import math
@@ -45,9 +44,8 @@ class Coefficient:
 class Constraint:
     """A price that follows the limits.
 
-    The objective is (number of nodes) + sum_i lambda_i J_i, here divided by the sum of the lambdas, so that `price`
-    is one
-    over that sum. Each step adds rate * clip(log(EMA(J_i) / limit_i), -1, 1) to log lambda_i.
+    The objective is (number of nodes) + sum_i lambda_i J_i, here divided by the sum of the lambdas, so that `price` is
+    one over that sum. Each step adds rate * clip(log(EMA(J_i) / limit_i), -1, 1) to log lambda_i.
     """
 
     def __init__(self, limits: Mapping[str, float], *, price: float, rate: float, smoothing: float) -> None:

@@ -2,9 +2,9 @@
 
 An estimator holds one number per group of nodes that share a mask (`masks.group_index`) and turns these numbers into
 masks with gradients. `heaviside` is the source's [G A.5]: masks of 0 and 1, and the gradient of a sigmoid.
-`hard_concrete`
-draws each mask at random from a distribution on [0, 1] with much of its weight on both ends, whose logit log alpha is
-learned (Edge Pruning, arXiv 2406.16778). What is not learned at all, a ranking by gradients, is in `attribution`.
+`hard_concrete` draws each mask at random from a distribution on [0, 1] with much of its weight on both ends, whose
+logit log alpha is learned (Edge Pruning, arXiv 2406.16778). What is not learned at all, a ranking by gradients, is in
+`attribution`.
 """
 
 import math

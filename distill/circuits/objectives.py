@@ -2,8 +2,7 @@
 
 *paper* is the task loss with everything outside the circuit ablated [G 2.2]. Pruning to it can pick ablated sets whose
 effects cancel out, and can beat the model. *faithful* asks besides that the circuit answers as the model M does, and
-goes
-on doing so when some of what was pruned is brought back:
+goes on doing so when some of what was pruned is brought back:
 
     1/2 E_r KL(M || C_r) + 1/2 max_r KL(M || C_r),   x_i = a_i + r_i (x_i - a_i) for the nodes i outside the circuit
 

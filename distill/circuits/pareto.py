@@ -1,11 +1,10 @@
 """The Pareto curve of one task in one model: the smallest circuit at each of several target losses, from one search.
 
 The strictest target comes first, as masks are learned more easily from many nodes to few: what is left out has a
-gradient
-only as long as its neighbours are there. Every later target goes on from the masks, the prices and the circuit that the
-one before ended with, for a share of the steps, so that a curve of ten targets costs about as much as three
-circuits. It
-never rises: where going on from the masks finds nothing smaller, the circuit before, cleaned up further, is taken.
+gradient only as long as its neighbours are there. Every later target goes on from the masks, the prices and the circuit
+that the one before ended with, for a share of the steps, so that a curve of ten targets costs about as much as three
+circuits. It never rises: where going on from the masks finds nothing smaller, the circuit before, cleaned up further,
+is taken.
 """
 
 import time

@@ -3,17 +3,16 @@
 The steps, each in the file that is named:
 
 1. *Screen* (`attribution`): rank the nodes by gradients, and start near the smallest circuit that this ranking gives.
-2. *Learn* (`search`) a mask per node (`estimators`): minimise what the circuit has to do (`objectives`) + the price
-of a
-   node * (number of kept nodes). The price is fixed, as in the source, or is found on the way (`controllers`): it rises
-   while the loss is under the target and falls while it is above, so that there is nothing to tune. Half-way nodes that
-   are far from being needed are taken out, and the rest is learned on a module of the others (`standalone`).
+2. *Learn* (`search`) a mask per node (`estimators`): minimise what the circuit has to do (`objectives`) + the price of
+   a node * (number of kept nodes). The price is fixed, as in the source, or is found on the way (`controllers`): it
+   rises while the loss is under the target and falls while it is above, so that there is nothing to tune. Half-way
+   nodes that are far from being needed are taken out, and the rest is learned on a module of the others (`standalone`).
 3. *Discretise* (`selection`): rank the nodes by what was learned and find, on one fixed batch of validation prompts
    (`judge`), the smallest number of nodes that meets the goal: a grid first, as the loss is not monotone in the number
    kept, then bisection. From here on pruned channels do not compete for AbsTopK slots.
 4. *Clean up* (`thinning`): remove further nodes, those first of which the gradient says that they matter least, in
-batches
-   that grow while the goal is still met and halve where it is not, down to single nodes; then edges in the same way.
+   batches that grow while the goal is still met and halve where it is not, down to single nodes; then edges in the same
+   way.
 5. *Verify* on prompts that had no part in this, going back along the clean-up where it went too far.
 6. *Calibrate*: fit scale and shift of the answers' logit difference on the validation prompts.
 """

@@ -2,11 +2,9 @@
 
     accelerate launch --num_processes 4 recipes/sweep_circuits.py --model sparse dense --task for_while --seeds 0 1 2
 
-Each process takes a stretch of the jobs, in which jobs of one model lie together. Each job ends with files of its
-own, so
-that a sweep that was broken off goes on where it stood: circuits that lie there are taken, and it is an error if
-another
-model or other settings made them.
+Each process takes a stretch of the jobs, in which jobs of one model lie together. Each job ends with files of its own,
+so that a sweep that was broken off goes on where it stood: circuits that lie there are taken, and it is an error if
+another model or other settings made them.
 """
 
 import time

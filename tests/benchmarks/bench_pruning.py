@@ -10,13 +10,11 @@ Four ways, with equal optimiser steps a run:
 - search: the best of 16 random settings around that centre, all their seconds counted;
 - attribution: no learning, integrated gradients over nodes.
 
-Sizes are induced edges, of the smallest node set on a run's way whose loss on the *test* split meets the target
-(0.15 nats, or
-where a model misses that ln 2 - 0.83 (ln 2 - its loss)), once with the clean-up for all, once without it for all: of
-the
-ranking alone. For the search the best run is picked as a user could, by its size at the goal on validation prompts, and
-once more (search on test) by these very sizes, which nobody could know. Runs that are in the file are not done again.
-The default is 190 runs, half an hour on two quiet cores; the last line is the summary.
+Sizes are induced edges, of the smallest node set on a run's way whose loss on the *test* split meets the target (0.15
+nats, or where a model misses that ln 2 - 0.83 (ln 2 - its loss)), once with the clean-up for all, once without it for
+all: of the ranking alone. For the search the best run is picked as a user could, by its size at the goal on validation
+prompts, and once more (search on test) by these very sizes, which nobody could know. Runs that are in the file are not
+done again. The default is 190 runs, half an hour on two quiet cores; the last line is the summary.
 """
 
 import math
