@@ -10,12 +10,16 @@ The model computes the same; its channels of q, k and v are as few and as apart 
 """
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bridges.compare import Comparison
 from bridges.lineup import TEACHER, Lineup
 from distill.circuits.ablation import node_means
 from distill.circuits.subject import Subject
@@ -79,6 +83,10 @@ def rotated_subject(subject: Subject, name: str) -> Subject:
     return replace(subject, name=name, model=model, means=means)
 
 
+ROTATED = f"{TEACHER}_rotated"
+"""What a comparison calls the bridged dense model with its heads turned."""
+
+
 def add_rotated(lineup: Lineup) -> Lineup:
     """The line-up with the bridged dense model once more, rotated. ValueError without one, and as `rotated_subject`."""
     teacher = lineup.subject(TEACHER)
@@ -86,4 +94,30 @@ def add_rotated(lineup: Lineup) -> Lineup:
         raise ValueError(
             "bridge: none is given, so there is no dense model to rotate; allowed with rotated is a bridge"
         )
-    return replace(lineup, subjects=[*lineup.subjects, rotated_subject(teacher, f"{TEACHER}_rotated")])
+    return replace(lineup, subjects=[*lineup.subjects, rotated_subject(teacher, ROTATED)])
+
+
+def add_basis(comparison: Comparison) -> Comparison:
+    """Adds `basis`: how the circuits of the rotated model differ in size from those of the model as it is.
+
+    `edge_ratio_geomean`, `pruned_edge_ratio_geomean` and `node_ratio_geomean`: sizes in the model as it is over sizes
+    in the rotated one, geometric means over `tasks`, those with a circuit that meets the target on unseen prompts in
+    both: well above 1, the model's own basis made its circuits look larger than they are. None without a rotated model.
+    """
+    rows = comparison.record["tasks"]
+    record: dict[str, Any] = {**comparison.record, "basis": _basis(rows)}
+    return replace(comparison, record=record)
+
+
+def _basis(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not any(ROTATED in row for row in rows.values()):
+        return None
+    both = {name: (row[TEACHER], row[ROTATED]) for name, row in rows.items() if ROTATED in row}
+    tasks = [
+        name for name, pair in both.items() if all(one["nodes"] is not None and one["meets_target"] for one in pair)
+    ]
+    found: dict[str, Any] = {"tasks": tasks}
+    for name, size in (("edge_ratio", "edges_induced"), ("pruned_edge_ratio", "edges_pruned"), ("node_ratio", "nodes")):
+        logs = [math.log(max(both[task][0][size], 1) / max(both[task][1][size], 1)) for task in tasks]
+        found[f"{name}_geomean"] = math.exp(sum(logs) / len(logs)) if logs else None
+    return found

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bridges.agreement import agreements
+from bridges.ratios import arm_of, matched, ratios
 from distill.artifact import versions
 from distill.circuits.answers import CHANCE, answer_difference, calibrate, frozen, two_way_loss
 from distill.circuits.circuit import SUFFIX, Circuit
@@ -33,20 +34,9 @@ from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.command import no_type_check
 from distill.training.evaluate import heldout_loss
 
-SPARSE, DENSE = "sparse", "dense"
-"""Names of the pair that the ratio is about."""
 SIZES = ("nodes", "edges_induced", "edges_pruned", "edges_embed", "edges_null")
 CORPUS_WINDOWS = 16
 """Windows of held-out text on which the damage of losing a circuit is measured."""
-RATIOS = {
-    "edge_ratio": "edges_induced",
-    "pruned_edge_ratio": "edges_pruned",
-    "node_ratio": "nodes",
-    "null_ratio": "edges_null",
-}
-"""Ratios dense over sparse, and the size that each is of."""
-MATCHED = 0.01
-"""Largest relative difference of held-out losses within which two models count as matched."""
 RESERVED = frozenset({"target", "asked", "bridge", "interchange", "correspondence", "curves"})
 """What a task's row holds beside the models."""
 CIRCUIT_FIELDS = ("loss_circuit", "loss_calibrated", *SIZES, "loss_without_circuit", "loss_without_random_median")
@@ -111,16 +101,23 @@ def compare(
     config: CompareConfig,
     *,
     known: Mapping[tuple[str, str], Circuit] | None = None,
+    beside: Sequence[Subject] = (),
 ) -> Comparison:
     """Prunes every subject on every task and puts the circuits side by side.
 
     `known` are circuits by (task, name of the model), as an earlier comparison saved them (`known_circuits`): one that
-    belongs to the model and meets the same target is taken instead of being searched for again.
+    belongs to the model and meets the same target is taken instead of being searched for again. `beside` are models
+    whose losses token by token are looked at, and nothing else: another seed of the dense model says what agreement to
+    expect.
 
-    Subjects named `sparse` and `dense` are the pair of the ratio. A task that a model cannot do keeps its row with a
-    reason. ValueError for names that stand twice or mean something else, and where a task does not fit a tokenizer.
+    Subjects named `sparse`, `sparse_2`, ... and `dense`, `dense_2`, ... are the pair of the ratio. A task that a model
+    cannot do keeps its row with a reason. ValueError for names that stand twice or mean something else, and where a
+    task does not fit a tokenizer.
     """
-    for field_name, names in (("model", [one.name for one in subjects]), ("task", [task.name for task in tasks])):
+    for field_name, names in (
+        ("model", [one.name for one in (*subjects, *beside)]),
+        ("task", [task.name for task in tasks]),
+    ):
         if len(set(names)) < len(names) or not names:
             raise ValueError(f"{field_name}: got {names}; allowed are one or more, each with a name of its own")
     if taken := {subject.name for subject in subjects} & RESERVED:
@@ -136,7 +133,7 @@ def compare(
     record = {
         "models": models,
         "matched": matched(models),
-        "agreement": agreements(subjects, sample_for(subjects[0], subjects, config)),
+        "agreement": agreements([*subjects, *beside], sample_for(subjects[0], [*subjects, *beside], config)),
         "tasks": rows,
         **ratios(rows, config.empty, seed=config.prune.seed),
         "objective": config.prune.objective,
@@ -153,14 +150,6 @@ def sample_for(subject: Subject, subjects: Sequence[Subject], config: CompareCon
     length = min(one.sample.shape[1] for one in alike)
     every = alike[0].sample[:, :length]
     return every[torch.linspace(0, len(every) - 1, min(config.heldout_windows, len(every))).long()]
-
-
-def matched(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How far the held-out losses of the pair are apart; matched means within 1% (METHODS 6.7). None without a pair."""
-    if SPARSE not in models or DENSE not in models:
-        return None
-    gap = models[DENSE]["heldout_loss"] / models[SPARSE]["heldout_loss"] - 1
-    return {"gap": gap, "within": MATCHED, "holds": abs(gap) <= MATCHED}
 
 
 def _describe(subject: Subject, chosen: Int[Tensor, "n T1"]) -> dict[str, Any]:
@@ -186,7 +175,7 @@ def _compare_task(
 ) -> tuple[dict[str, Any], dict[str, Circuit]]:
     tests = {subject.name: trials[subject.name][task.name][0] for subject in subjects}
     losses = {subject.name: trials[subject.name][task.name][1] for subject in subjects}
-    pair = [losses[name] for name in (SPARSE, DENSE) if name in losses] or list(losses.values())
+    pair = [loss for name, loss in losses.items() if arm_of(name) is not None] or list(losses.values())
     able = [loss for loss in pair if loss < config.able]
     target = common_target(config.prune.target, able) if config.relative else config.prune.target
     row: dict[str, Any] = {"target": target, "asked": config.prune.target}
@@ -209,7 +198,7 @@ def _compare_task(
                     if name != task.name and loss < config.able
                 }
                 row[subject.name] |= judge(subject, circuit, tests[subject.name], config, others)
-                if config.targets and subject.name in (SPARSE, DENSE):
+                if config.targets and arm_of(subject.name) is not None:
                     row.setdefault("curves", {})[subject.name] = curve(subject, task, config)
         bar.update()
     return row, circuits
@@ -342,66 +331,9 @@ def judge(
         "loss_without_circuit": needed.value,
         "loss_without_random_median": float(np.median(needed.control)),
         "damage": {name: value for name, value in needed.details.items() if name.startswith("damage")},
+        "p_specific": needed.details.get("p_specific"),
         "meets_target": (enough.details["loss_calibrated"] if config.prune.calibrated else enough.value)
         <= circuit.target,
         "checks": {check.name: {"verdict": check.verdict, "reason": check.reason} for check in (enough, needed)},
         "seconds_checks": round(time.perf_counter() - began, 2),
     }
-
-
-def ratios(rows: Mapping[str, Mapping[str, Any]], empty: float, *, seed: int = 0) -> dict[str, Any]:
-    """Dense over sparse, geometric means over the tasks that count.
-
-    Which tasks are eligible is settled before pruning: both full models reach the target, and neither does the task
-    with all nodes ablated (loss_empty, and calibrated, above `empty`). Of these a task counts where both circuits meet
-    the target on prompts that pruning never saw; `left_out` says why the others do not. Beside the ratio of edges stand
-    that of nodes and the null: what the ratio of edges would be if as many nodes had been drawn blindly. Each has a 95%
-    interval by bootstrap over tasks. None where no task counts.
-    """
-    reasons = {name: _left_out(row, empty) for name, row in rows.items()}
-    counted = [name for name, (_, reason) in reasons.items() if not reason]
-    found: dict[str, Any] = {
-        "tasks_eligible": [name for name, (eligible, _) in reasons.items() if eligible],
-        "tasks_counted": counted,
-        "left_out": {name: reason for name, (_, reason) in reasons.items() if reason},
-    }
-    for name, size in RATIOS.items():
-        # A circuit without edges (all in the embeddings) would make the ratio infinite: it counts as one edge.
-        logs = [math.log(max(rows[t][DENSE][size], 1) / max(rows[t][SPARSE][size], 1)) for t in counted]
-        found[f"{name}_geomean"] = math.exp(sum(logs) / len(logs)) if logs else None
-        found[f"{name}_interval"] = interval(logs, seed=seed)
-    return found
-
-
-def interval(logs: Sequence[float], *, seed: int, draws: int = 2000) -> tuple[float, float] | None:
-    """95% interval of a geometric mean of ratios, by bootstrap over tasks; None for fewer than two."""
-    if len(logs) < 2:
-        return None
-    drawn = np.random.default_rng(seed).choice(np.asarray(logs), (draws, len(logs))).mean(1)
-    low, high = np.exp(np.quantile(drawn, (0.025, 0.975)))
-    return float(low), float(high)
-
-
-def _else(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
-
-
-def _left_out(row: Mapping[str, Any], empty: float) -> tuple[bool, str]:
-    """Whether a task is eligible, and why it does not count ("" where it does)."""
-    pair = {name: row[name] for name in (SPARSE, DENSE) if row.get(name) is not None}
-    if len(pair) < 2:
-        return False, "there is no pair of a sparse and a dense model"
-    for name, one in pair.items():
-        if one["loss_full"] > row["target"]:
-            return False, f"{name} misses the target with all its nodes ({one['loss_full']:.3f} > {row['target']:.3f})"
-    for name, one in pair.items():
-        alone = min(one["loss_empty"], _else(one.get("loss_empty_calibrated"), one["loss_empty"]))
-        if alone <= empty:
-            return False, f"{name} does it without any node (loss_empty {alone:.3f}): it needs no circuit"
-    for name, one in pair.items():
-        if one["nodes"] is None:
-            return True, f"{name} has no circuit: {one['reason']}"
-        if not one["meets_target"]:
-            loss = one["loss_circuit"]
-            return True, f"{name}'s circuit misses the target on unseen prompts ({loss:.3f} > {row['target']:.3f})"
-    return True, ""

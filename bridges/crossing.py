@@ -13,11 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from bridges.compare import SPARSE, CompareConfig, Comparison
+from bridges.compare import CompareConfig, Comparison
 from bridges.correspondence import causal_map, heads_and_neurons, live_overlap
 from bridges.interchange import Other, interchange
 from bridges.lineup import STUDENT, TEACHER, Lineup
 from bridges.maps import Bridges
+from bridges.ratios import SPARSE
 from bridges.subspace import live_channels
 from bridges.transport import PAIRS, active_channels, random_channels, spread, unrelated_bridges, unrelated_live
 from distill.circuits.circuit import Circuit

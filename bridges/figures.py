@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from bridges.compare import DENSE, SPARSE
+from bridges.ratios import DENSE, SPARSE, arm_of
 from distill.circuits.circuit import Circuit
 from distill.circuits.masks import Nodes
 from distill.model.sites import KINDS, kind_of, layer_of
@@ -70,51 +70,74 @@ def plot_bridge(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         raise ValueError(
             "tasks: none has an interchange; allowed are comparisons with a bridge and a student's circuit"
         )
-    figure = _figure(10.0, 1.2 + 2.4 * len(shown))
-    grid = figure.subplots(len(shown), 2, squeeze=False)
-    for (name, row), (left, right) in zip(shown.items(), grid, strict=True):
+    figure = _figure(12.5, 1.5 + 2.6 * len(shown))
+    grid = figure.subplots(len(shown), 3, squeeze=False)
+    for (name, row), (left, middle, right) in zip(shown.items(), grid, strict=True):
         _interchange_axes(left, row["interchange"]["sites"])
-        _subspace_axes(right, row.get("bridge") or [])
-        left.set_ylabel(f"{name}\nshare of the way", fontsize=8)
-        right.set_ylabel("task loss, nats", fontsize=8)
-    grid[0][0].set_title("interchange through the bridge", fontsize=9)
-    grid[0][1].set_title("only the bridged subspace kept (solid), removed (dashed)", fontsize=9)
-    keys = [axes.get_legend_handles_labels() for axes in grid[0]]
-    handles, labels = (keys[0][part] + keys[1][part] for part in (0, 1))
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+        _subspace_axes(middle, row.get("bridge") or [], "sufficiency")
+        _subspace_axes(right, row.get("bridge") or [], "necessity")
+        left.set_ylabel(f"{name}\nshare of the way", fontsize=9)
+        for axes in (middle, right):
+            axes.set_ylabel("task loss, nats", fontsize=9)
+    for axes, title in zip(
+        grid[0], ("interchange through the bridge", "only the subspace kept", "the subspace removed"), strict=True
+    ):
+        axes.set_title(title, fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("residual site: layer, before attention (in) or MLP (mid)", fontsize=8)
+    # One entry for each colour and line, wherever it is drawn first.
+    keys: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            keys.setdefault(label, handle)
+    figure.legend(list(keys.values()), list(keys), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+MINE, STRANGER = "the circuit's", "unrelated student's circuit"
 
 
 def _interchange_axes(axes: Axes, sites: Sequence[Mapping[str, Any]]) -> None:
     names = [one["site"] for one in sites]
-    places = np.arange(len(names))
-    low, high = (np.array([np.quantile(one["controls"] or [np.nan], q) for one in sites]) for q in (0.05, 0.95))
-    axes.fill_between(places, low, high, color=GREY, alpha=0.35, linewidth=0, label="random channels, 5-95%")
+    _band(axes, [one["controls"] for one in sites], GREY, "random channels, 5-95%")
     for key, words, colour, line in (
         ("ceiling", "all channels", COLOURS["student"], ":"),
-        ("effect", "the circuit's channels", COLOURS[SPARSE], "o-"),
-        ("unrelated", "unrelated student's circuit", COLOURS[DENSE], "s-"),
+        ("effect", MINE, COLOURS[SPARSE], "o-"),
+        ("unrelated", STRANGER, COLOURS[DENSE], "s-"),
         ("class_means", "difference of class means", "#7d4fb8", "--"),
     ):
         values = [np.nan if one[key] is None else one[key] for one in sites]
         if not np.all(np.isnan(values)):
-            axes.plot(places, values, line, label=words, linewidth=1.3, color=colour, markersize=4)
+            axes.plot(range(len(names)), values, line, label=words, linewidth=1.3, color=colour, markersize=4)
+    axes.axhline(0, color=GREY, linewidth=0.8)
     _site_axis(axes, names)
 
 
-def _subspace_axes(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
-    for test, line in (("sufficiency", "-"), ("necessity", "--")):
-        mine = [one for one in tests if one["test"] == test and one["site"] != "all"]
-        if not mine:
-            continue
-        places = np.arange(len(mine))
-        axes.plot(places, [one["loss"] for one in mine], line, color=COLOURS[SPARSE], label=f"{test}, the circuit's")
-        for name, colour in (("principal", GREY), ("unrelated", COLOURS[DENSE])):
-            values = [one["other"].get(name, np.nan) for one in mine]
-            if not np.all(np.isnan(values)):
-                axes.plot(places, values, line, color=colour, linewidth=1, label=f"{test}, {name}")
-        _site_axis(axes, [one["site"] for one in mine])
-    axes.axhline(np.log(2), color=GREY, linewidth=0.8, linestyle=":")
+def _subspace_axes(axes: Axes, tests: Sequence[Mapping[str, Any]], test: str) -> None:
+    mine = [one for one in tests if one["test"] == test and one["site"] != "all"]
+    if not mine:
+        axes.set_axis_off()
+        return
+    _band(axes, [one["controls"] for one in mine], "#6f746d", "random subspaces, 5-95%")
+    _band(axes, [one.get("families", {}).get("channels", []) for one in mine], "#d9b36c", "images of random channels")
+    axes.plot(range(len(mine)), [one["loss"] for one in mine], "o-", color=COLOURS[SPARSE], label=MINE, markersize=4)
+    for name, words, colour, line in (
+        ("unrelated", STRANGER, COLOURS[DENSE], "s-"),
+        ("principal", "first principal components", "#4b5158", "-."),
+    ):
+        values = [one["other"].get(name, np.nan) for one in mine]
+        if not np.all(np.isnan(values)):
+            axes.plot(range(len(mine)), values, line, color=colour, linewidth=1.1, label=words, markersize=3)
+    axes.axhline(np.log(2), color=GREY, linewidth=0.8, linestyle=":", label="chance")
+    axes.axhline(mine[0]["loss_full"], color="#2c7a4b", linewidth=0.8, linestyle=":", label="dense model left alone")
+    _site_axis(axes, [one["site"] for one in mine])
+
+
+def _band(axes: Axes, controls: Sequence[Sequence[float]], colour: str, label: str) -> None:
+    """5% to 95% of the controls at every site; nothing where there are none."""
+    if any(controls):
+        low, high = (np.array([np.quantile(one or [np.nan], q) for one in controls]) for q in (0.05, 0.95))
+        axes.fill_between(range(len(controls)), low, high, color=colour, alpha=0.35, linewidth=0, label=label)
 
 
 def _site_axis(axes: Axes, names: Sequence[str]) -> None:
@@ -127,7 +150,8 @@ def _site_axis(axes: Axes, names: Sequence[str]) -> None:
 def plot_size_loss(curves: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Edges against target loss along Pareto curves, sparse against dense, a panel for each task.
 
-    `curves` are the rows of `Pareto` by (task, model); ValueError for none.
+    Solid: all edges between kept nodes; dotted: those left after the edge stage. `curves` are the rows of `Pareto` by
+    (task, model); ValueError for none.
     """
     if not curves:
         raise ValueError("curves: got none; allowed are one or more")
@@ -138,10 +162,15 @@ def plot_size_loss(curves: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
         for (of, model), rows in curves.items():
             met = [row for row in rows if not row["reason"]]
             if of == task and met:
-                sizes = [max(row["edges_induced"], 1) for row in met]
-                axes.plot(
-                    [row["target"] for row in met], sizes, "o-", color=COLOURS.get(model), label=model, markersize=4
-                )
+                targets = [row["target"] for row in met]
+                colour = COLOURS.get(arm_of(model) or model)
+                for size, line, words in (
+                    ("edges_induced", "o-", model),
+                    ("edges_pruned", ".:", f"{model}, edges cut"),
+                ):
+                    if all(row.get(size) is not None for row in met):
+                        sizes = [max(row[size], 1) for row in met]
+                        axes.plot(targets, sizes, line, color=colour, label=words, linewidth=1.2)
         axes.set(xscale="log", yscale="log", xlabel="target task loss, nats")
         axes.set_title(task, fontsize=9)
         targets = sorted({row["target"] for rows in curves.values() for row in rows})
@@ -151,7 +180,7 @@ def plot_size_loss(curves: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.25)
-    grid[0].set_ylabel("edges between kept nodes")
+    grid[0].set_ylabel("edges")
     grid[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 

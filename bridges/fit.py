@@ -7,34 +7,50 @@ same as for a model that is trained alone.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bridges.baselines import bigram_loss, least_squares_bridges
+from bridges.baselines import bigram_loss, least_squares_bridges, measure
 from bridges.folder import DenseRecord, check_place, save_bridged
 from bridges.maps import Bridges
 from bridges.metrics import Metrics, bridge_metrics, plot_metrics, recorded
 from bridges.objective import BridgeConfig, BridgeObjective, check_pair
+from bridges.tables import site_mean
+from bridges.targets import StoredTeacher, TargetPlan, write_targets
 from distill.artifact import ArtifactError, Provenance, read_json, write_json, write_manifest
 from distill.circuits.ablation import SINK_RATIO
 from distill.command import no_type_check
 from distill.data.sample import spread_windows
-from distill.data.tokens import Sampler, TokenData, windows
+from distill.data.stream import Stream
+from distill.data.tokens import Batches, TokenData, windows
 from distill.model.run import Runnable
+from distill.model.sites import residual_sites
 from distill.model.transformer import LARGEST_BIGRAM, Architecture, SparseTransformer
+from distill.training.log import make_engine
 from distill.training.plot import PICTURE, plot_run
 from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS, check_way, make_way, start_folder
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import TrainConfig, train
 
 SETTINGS_FILE = "settings.json"
-PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": {"kl": 0.0, "first_position": "in"}}
-"""Values of `BridgeConfig` by name; `paper` has the terms of [G A.3] only."""
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"kl": 0.0, "first_position": "in"},
+    "kl-only": {"ce": 0.0, "nmse": 0.0, "kl_d2s": 0.0, "kl_s2d": 0.0},
+}
+"""Values of `BridgeConfig` by name; `paper` has the terms of [G A.3] only, `kl-only` makes the baseline of a student
+that learns to answer like the dense model, without bridges."""
+FITTED_WINDOWS = 64
+"""Training windows that least-squares bridges are fitted on, at least."""
+BIGRAM_WINDOWS = 4096
+"""Training windows of streamed text that the bigram model is counted on."""
 
 
 @no_type_check
@@ -52,8 +68,11 @@ class StudentConfig:
     """Longest sequence in tokens; by default the dense model's."""
     topk_fraction: float | None = 0.25
     """Share of channels that AbsTopK keeps at a node location, in (0, 1]; none switches it off."""
-    position: Literal["auto", "none", "added"] = "auto"
-    """Learned positions: added where the dense model has learned ones (auto), never, always."""
+    position: Literal["auto", "none", "added", "concat"] = "auto"
+    """Learned positions: added where the dense model has learned ones (auto), none, added to the embedding, or
+    read-only channels beside every read."""
+    d_position: int = 0
+    """Position channels (P), with position=concat only."""
     bigram: Literal["auto", "on", "off"] = "auto"
     """Dense (V, V) bigram table: where the vocabulary is 8192 at most (auto), yes (refused above that), no."""
 
@@ -62,7 +81,9 @@ class StudentConfig:
         context = dense.context if self.context is None else self.context
         if context > dense.context:
             raise ValueError(f"context: got {context}, allowed are 1 to {dense.context} (the dense model's)")
-        added = dense.has_positions if self.position == "auto" else self.position == "added"
+        position = self.position
+        if position == "auto":
+            position = "added" if dense.has_positions else "none"
         table = dense.vocab_size <= LARGEST_BIGRAM if self.bigram == "auto" else self.bigram == "on"
         return Architecture(
             vocab_size=dense.vocab_size,
@@ -72,7 +93,8 @@ class StudentConfig:
             d_head=self.d_head,
             d_mlp=self.d_mlp,
             topk_fraction=self.topk_fraction,
-            position="added" if added else "none",
+            position=position,
+            d_position=self.d_position,
             bigram=table,
         )
 
@@ -98,29 +120,25 @@ class Fit:
 
 
 def line_of(metrics: Metrics) -> str:
-    """What a fit came to, in two lines for people; means are over the sites that have a value."""
+    """What a fit came to, in a few lines for people; means are over the sites that have a value."""
     means = {}
-    for name in ("nmse_d2s", "nmse_s2d", "hybrid_ce_d2s", "hybrid_ce_s2d"):
-        mean = _mean(metrics, name)
+    for name in ("nmse_d2s", "nmse_s2d", "hybrid_ce_d2s", "hybrid_ce_s2d", "recovered_d2s", "recovered_s2d"):
+        mean = site_mean(metrics["sites"], name)
         means[name] = "not defined" if mean is None else f"{mean:.3f}"
-    return (
+    lines = [
         f"held-out loss, nats per token: dense {metrics['dense_ce']:.3f}, student {metrics['student_ce']:.3f}, "
-        f"bigram {metrics['bigram_ce']:.3f}\n"
+        f"bigram {metrics['bigram_ce']:.3f}",
         f"means over sites: NMSE {means['nmse_d2s']} dense to sparse, {means['nmse_s2d']} back; "
-        f"hybrid loss {means['hybrid_ce_d2s']} dense to sparse, {means['hybrid_ce_s2d']} back"
-    )
-
-
-def _mean(metrics: Metrics, name: str) -> float | None:
-    """Mean over sites; a site whose stream does not vary has no NMSE, and where all are so there is no mean."""
-    values = [site[name] for site in metrics["sites"].values() if site[name] is not None]
-    return sum(values) / len(values) if values else None
+        f"hybrid loss {means['hybrid_ce_d2s']} dense to sparse, {means['hybrid_ce_s2d']} back; "
+        f"share of the dense model's gain over bigrams {means['recovered_d2s']}, {means['recovered_s2d']} back",
+    ]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in metrics.get("warnings", []))])
 
 
 def fit_bridges(
     dense: Runnable,
     student: SparseTransformer,
-    data: TokenData,
+    data: TokenData | Stream,
     config: BridgeConfig,
     training: TrainConfig,
     folder: str | Path,
@@ -132,6 +150,9 @@ def fit_bridges(
     command: str = "bridges.fit_bridges",
     judged: int = 32,
     batch: int = 8,
+    targets: str | Path | None = None,
+    rivals: Mapping[str, Runnable] | None = None,
+    engine: Accelerator | None = None,
 ) -> Fit:
     """Train a student of a dense model with its bridges, and write a folder that loads by its path.
 
@@ -145,31 +166,39 @@ def fit_bridges(
         student: trained in place; its weights are kept sparse as `training` says.
         data: tokens of the dense model's own tokenizer, some of them held out.
         config: terms of the loss. training: steps, batch, rate, sparsity.
-        dense_name: path or hub name of the dense model, to be loaded by later.
-        tokenizer: saved beside the student.
-        resume: go on from the newest checkpoint in the folder.
-        overwrite: delete an earlier run in the folder.
+        dense_name: path or hub name of the dense model, to be loaded by later. tokenizer: saved beside the student.
+        resume: go on from the newest checkpoint in the folder. overwrite: delete an earlier run in it.
         command: recorded as the command that made it.
         judged: held-out windows that the final metrics are measured on; those on the way use at most 8 of them.
         batch: windows per pass in these measurements.
+        targets: folder of what the dense model says of the text, which is written there first where it is not there
+            (`bridges.targets`); None: the dense model is run in every step.
+        rivals: other sparse models to measure beside the student (`bridges.baselines.load_rivals`).
+        engine: accelerate's, as in `distill.training.train`; of several processes the main one writes.
 
-    Raises `ValueError` for models that do not fit each other or the data, too little text, a folder in use, and
-    settings that are not those of the run to be resumed; `TrainingError` where the training breaks down.
+    Raises `ValueError` for models that do not fit each other or the data, too little text, a folder in use, targets of
+    another training, and settings that are not those of the run to be resumed; `TrainingError` where the training
+    breaks down.
     """
     folder = Path(folder)
-    check_way(folder, resume=resume, overwrite=overwrite)
+    engine = engine or make_engine(training, folder)
+    if engine.is_main_process:
+        check_way(folder, resume=resume, overwrite=overwrite)
     check_pair(dense, student, context=training.context)
-    if data.vocab_size > dense.vocab_size:
-        raise ValueError(f"data: has ids up to {data.vocab_size - 1}, the models' vocabulary is {dense.vocab_size}")
+    _check_data(data, dense)
     heldout = windows(data.heldout, training.context, judged)
     sample = spread_windows(data.heldout, training.context, SAMPLE_WINDOWS)
-    Sampler(data.train, batch=training.batch, context=training.context, seed=training.seed)  # refuses too little text
+    batches = _batches(data, training)  # refuses too little text
     record = DenseRecord.of(dense, dense_name)
     settings = {"dense": record.stored(folder), "bridge": asdict(config), "student": dict(student.describe())}
     if resume:
         _check_settings(folder, settings)
         check_place(folder)
-    bridges, objective = _prepare(dense, student, data, config, training, batch)
+    fitted = _training_windows(data, training, FITTED_WINDOWS)
+    bridges, skip_first = _prepare(dense, student, fitted, config, batch)
+    teacher = None
+    if targets is not None:
+        teacher = _stored(Path(targets), dense, data, config, training, record, engine)
 
     def evaluate() -> dict[str, float]:
         return _brief(bridge_metrics(dense, student, bridges, heldout[:8], batch=batch))
@@ -184,64 +213,127 @@ def fit_bridges(
     )
     sparse = {f"student.{name}": parameter for name, parameter in sparse_parameters(student).items()}
     modules = nn.ModuleDict({"student": student, "bridges": bridges})
-    make_way(folder, "bridge", resume=resume, overwrite=overwrite)
+    if engine.is_main_process:
+        make_way(folder, "bridge", resume=resume, overwrite=overwrite)
+        _begin(folder, provenance, settings)
+    engine.wait_for_everyone()
+    objective = BridgeObjective(dense, student, bridges, config, skip_first=skip_first, teacher=teacher)
+    loop: dict[str, Any] = {"evaluate": evaluate, "resume": resume, "provenance": provenance, "engine": engine}
+    history = train(modules, objective, batches, training, folder, sparse=sparse, **loop)
+    options: dict[str, Any] = {"train": fitted, "rivals": rivals, "skip_first": skip_first, "batch": batch}
+    bigram = bigram_loss(_counted(data, training), heldout, vocab_size=dense.vocab_size)
+    metrics = measure(dense, student, bridges, heldout, bigram_ce=bigram, **options)
+    made = Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
+    if engine.is_main_process:
+        _write(folder, made, record, provenance, sparse, training, tokenizer=tokenizer, sample=sample)
+    engine.wait_for_everyone()
+    return made
+
+
+def _begin(folder: Path, provenance: Provenance, settings: Mapping[str, Any]) -> None:
     start_folder(folder, provenance)
     if not (folder / SETTINGS_FILE).is_file():
         write_json(folder / SETTINGS_FILE, settings)
-    history = train(
-        modules,
-        objective,
-        data.train,
-        training,
-        folder,
-        sparse=sparse,
-        evaluate=evaluate,
-        resume=resume,
-        provenance=provenance,
-    )
-    bigram = bigram_loss(data.train, heldout, vocab_size=dense.vocab_size)
-    metrics = bridge_metrics(dense, student, bridges, heldout, batch=batch, bigram_ce=bigram, mixtures=4)
+
+
+def _write(
+    folder: Path,
+    made: Fit,
+    record: DenseRecord,
+    provenance: Provenance,
+    sparse: Mapping[str, nn.Parameter],
+    training: TrainConfig,
+    **options: Any,
+) -> None:
+    """The folder of a fit; `options` of `save_bridged`."""
     facts = {
-        "heldout_loss": metrics["student_ce"],
+        "heldout_loss": made.metrics["student_ce"],
         "tokens": training.steps * training.batch * training.context,
         "sparsity": sparsity_report(sparse) if training.kept < 1 else {},
-        "corpus": dict(data.record),
+        "corpus": provenance.extra["data"],
     }
-    save_bridged(
-        folder,
-        student,
-        bridges,
-        record,
-        metrics,
-        tokenizer=tokenizer,
-        compact=training.kept < COMPACT_BELOW,
-        sample=sample,
-        provenance=replace(provenance, kind="model", extra=facts),
-    )
-    plot_metrics(metrics, folder / "bridges.png")
-    plot_run(history, folder / PICTURE)
+    known, compact = replace(provenance, kind="model", extra=facts), training.kept < COMPACT_BELOW
+    save_bridged(folder, made.student, made.bridges, record, made.metrics, provenance=known, compact=compact, **options)
+    plot_metrics(made.metrics, folder / "bridges.png")
+    plot_run(made.history, folder / PICTURE)
     write_manifest(folder, provenance)
-    return Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
+
+
+def _check_data(data: TokenData | Stream, dense: Runnable) -> None:
+    if data.vocab_size > dense.vocab_size:
+        raise ValueError(f"data: has ids up to {data.vocab_size - 1}, the models' vocabulary is {dense.vocab_size}")
+
+
+def _batches(data: TokenData | Stream, training: TrainConfig) -> Batches:
+    return data.batches(batch=training.batch, context=training.context, seed=training.seed)
+
+
+def _training_windows(data: TokenData | Stream, training: TrainConfig, number: int) -> Int[Tensor, "n T1"]:
+    """Windows to train on, from the start: at most so many of packed text, at least so many of streamed text."""
+    if isinstance(data, TokenData):
+        return windows(data.train, training.context, number)
+    batches = _batches(data, training)
+    steps = -(-number // training.batch)
+    return torch.cat([batches.rows(step, 0, 1) for step in range(steps)])
+
+
+def _counted(data: TokenData | Stream, training: TrainConfig) -> np.ndarray:
+    """What a bigram model is counted on."""
+    return data.train if isinstance(data, TokenData) else _training_windows(data, training, BIGRAM_WINDOWS).numpy()
+
+
+def _stored(
+    folder: Path,
+    dense: Runnable,
+    data: TokenData | Stream,
+    config: BridgeConfig,
+    training: TrainConfig,
+    record: DenseRecord,
+    engine: Accelerator,
+) -> StoredTeacher:
+    """What the dense model says of the text, out of files that are written first where they are not there."""
+    plan = _target_plan(record, data, config, training)
+    sites_of = partial(config.read_sites, sites=residual_sites(dense.n_layer))
+    if engine.is_main_process:
+        write_targets(folder, dense.eval(), _batches(data, training), plan, sites_of)
+    engine.wait_for_everyone()
+    return StoredTeacher(folder, plan)
 
 
 def _prepare(
-    dense: Runnable,
-    student: SparseTransformer,
-    data: TokenData,
-    config: BridgeConfig,
-    training: TrainConfig,
-    batch: int,
-) -> tuple[Bridges, BridgeObjective]:
-    """Bridges as they are at the start, and the objective."""
-    sample = windows(data.train, training.context, 64)
+    dense: Runnable, student: SparseTransformer, sample: Int[Tensor, "n T1"], config: BridgeConfig, batch: int
+) -> tuple[Bridges, bool]:
+    """Bridges as they are at the start, and whether position 0 is left out of the NMSE."""
     skip = has_sink(dense, sample[:batch, :-1]) if config.first_position == "auto" else config.first_position == "out"
     shape = config.shape(dense, student)
     if config.initial == "least_squares":
         bridges = least_squares_bridges(dense, student, sample, k=shape.k, batch=batch, skip_first=skip)
     else:
         bridges = Bridges(shape, seed=config.seed)
-    bridges = bridges.to(next(student.parameters()).device)
-    return bridges, BridgeObjective(dense, student, bridges, config, skip_first=skip)
+    return bridges.to(next(student.parameters()).device), skip
+
+
+def _target_plan(
+    record: DenseRecord, data: TokenData | Stream, config: BridgeConfig, training: TrainConfig
+) -> TargetPlan:
+    """Which targets a training needs."""
+    precision = training.precision if config.dense_precision == "training" else config.dense_precision
+    return TargetPlan(
+        dense=record.fingerprint,
+        data=data.fingerprint,
+        order=training.seed,
+        batch=training.batch,
+        context=training.context,
+        accumulate=training.accumulate,
+        precision=precision,
+        top=config.kl_top,
+        sites=config.reads,
+        deal=config.seed if config.reads == "sample" else None,
+        n_layer=record.n_layer,
+        d_model=record.d_model,
+        vocab_size=record.vocab_size,
+        steps=training.steps,
+    )
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -253,6 +345,9 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if not isinstance(saved, dict) or not all(isinstance(part, dict) for part in saved.values()):
         raise ArtifactError(f"{path}: does not hold the settings of a run")
     for name, was in saved.items():
+        if name == "bridge":
+            # A setting that the run does not know came later, and has been at its default.
+            was = {**json.loads(json.dumps(asdict(BridgeConfig()))), **was}
         now = json.loads(json.dumps(settings.get(name, {})))
         # The fingerprint says which dense model it is; its name is only where it lies today.
         keys = {*was, *now} - ({"name"} if name == "dense" else set())
@@ -267,7 +362,7 @@ def _brief(metrics: Metrics) -> dict[str, float]:
     found = {f"heldout_{name}": metrics[name] for name in ("student_ce", "student_kl", "dense_ce")}
     found["heldout_loss"] = metrics["student_ce"]  # the name by which the trainer knows its best checkpoint
     for name in ("nmse_d2s", "nmse_s2d", "kl_d2s", "kl_s2d"):
-        mean = _mean(metrics, name)
+        mean = site_mean(metrics["sites"], name)
         if mean is not None:
             found[f"heldout_{name}"] = mean
     return found

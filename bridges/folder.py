@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bridges.maps import Bridges, check_bridges
-from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, read_json, write_json
+from distill.artifact import MANIFEST, ArtifactError, Provenance, check_listed, fresh_folder, read_json, write_json
 from distill.data.sample import save_sample
+from distill.fields import check_fields
 from distill.model.load import load_model
 from distill.model.run import Runnable
 from distill.model.transformer import SparseTransformer
@@ -174,12 +175,15 @@ def load_bridged(
     parts do not belong together, `ValueError` for a student that cannot be loaded.
     """
     folder = Path(folder)
+    check_listed(folder, DENSE, METRICS_FILE)
     known = read_json(folder / DENSE, what="dense model record")
     metrics = read_json(folder / METRICS_FILE, what="bridge metrics")
     if not isinstance(known, dict) or not isinstance(metrics, dict):
         raise ArtifactError(f"{folder}: {DENSE} and {METRICS_FILE} must each hold a JSON object")
     fingerprint = known.pop("student", None)
+    kinds = {"name": str, "fingerprint": str, "n_layer": int, "d_model": int, "vocab_size": int}
     try:
+        check_fields(folder / DENSE, known, kinds)
         record = DenseRecord(**known).found_from(folder)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / DENSE}: does not say which dense model it is: {error}") from None

@@ -79,9 +79,35 @@ class Interchanges:
     sites: tuple[Interchange, ...]
     """In the order of the run; () where the dense model is not accurate enough."""
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The site of the largest effect, and what every control reaches at its own best site; None without sites.
+
+        A best of several sites is read against the best of as many: `controls`, `p`, `unrelated` and `class_means` are
+        maxima over sites as `effect` is, each control the same channels at all of them. `above_unrelated`: whether the
+        effect is larger than the unrelated student's; None without one.
+        """
+        if not self.sites:
+            return None
+        most = max(self.sites, key=lambda one: one.effect)
+        controls = [max(values) for values in zip(*(one.controls for one in self.sites), strict=True)]
+        others = {
+            name: max((value for one in self.sites if (value := getattr(one, name)) is not None), default=None)
+            for name in ("unrelated", "class_means")
+        }
+        stranger = others["unrelated"]
+        return {
+            "site": most.site,
+            "effect": most.effect,
+            "controls": controls,
+            "p": (1 + sum(one >= most.effect for one in controls)) / (1 + len(controls)) if controls else None,
+            **others,
+            "above_unrelated": None if stranger is None else most.effect > stranger,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "sites": [one.to_json() for one in self.sites]}
+        return {**vars(self), "sites": [one.to_json() for one in self.sites], "best": self.best}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
-"""The models of a comparison: a sparse model, its dense counterpart, a student with bridges and its dense model."""
+"""The models of a comparison: sparse models, their dense counterparts, a student with bridges and its dense model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridges.folder import DENSE, MODEL, load_bridged, save_bridged
+from bridges.folder import DENSE as DENSE_FILE
+from bridges.folder import MODEL, load_bridged, save_bridged
 from bridges.maps import Bridges
+from bridges.ratios import DENSE, SPARSE, arm_name
 from distill.artifact import fresh_folder, read_manifest
 from distill.circuits.subject import MEANS_FILE, Subject, load_subject, shipped_provenance
 from distill.model.load import SHIPPED
@@ -20,7 +22,7 @@ class Lineup:
     """Models ready to be compared."""
 
     subjects: list[Subject]
-    """sparse, dense, and with a bridge dense_gpt2 and student."""
+    """sparse, further seeds of it as sparse_2 and so on, dense likewise, and with a bridge dense_gpt2 and student."""
     bridges: Bridges | None
     """Between the last two."""
 
@@ -30,18 +32,33 @@ class Lineup:
 
 
 def load_lineup(
-    sparse: str, dense: str, bridge: str = NO_BRIDGE, *, corpus: Sequence[str] = (), device: str = "cpu"
+    sparse: str | tuple[str, ...],
+    dense: str | tuple[str, ...],
+    bridge: str = NO_BRIDGE,
+    *,
+    corpus: Sequence[str] = (),
+    device: str = "cpu",
 ) -> Lineup:
     """Loads the models by folder or short name; `bridge` is a folder by `fit_bridges`, a short name, or none.
 
-    ValueError for what cannot be loaded, two tokenizers in the pair, and bridges of another dense model.
+    Arguments:
+        sparse, dense: one model, or several of different seeds.
+
+    ValueError for what cannot be loaded, no model or the same one twice in an arm, two tokenizers in the pair, and
+    bridges of another dense model.
     """
-    subjects = [
-        load_subject(sparse, name="sparse", corpus=corpus, device=device),
-        load_subject(dense, name="dense", corpus=corpus, device=device),
-    ]
-    if subjects[0].tokenizer.get_vocab() != subjects[1].tokenizer.get_vocab():
-        raise ValueError(f"dense: {dense} has another tokenizer than {sparse}; losses per token cannot be compared")
+    subjects: list[Subject] = []
+    for field, arm, given in (("model", SPARSE, sparse), ("dense", DENSE, dense)):
+        places = (given,) if isinstance(given, str) else given
+        if not places or len(set(places)) < len(places):
+            raise ValueError(f"{field}: got {list(places)}; allowed are one or more models, each once")
+        for index, place in enumerate(places):
+            one = load_subject(place, name=arm_name(arm, index), corpus=corpus, device=device)
+            subjects.append(one)
+            if one.tokenizer.get_vocab() != subjects[0].tokenizer.get_vocab():
+                raise ValueError(
+                    f"{field}: {place} has another tokenizer than the first model; losses per token cannot be compared"
+                )
     if bridge == NO_BRIDGE:
         return Lineup(subjects=subjects, bridges=None)
     teacher, student, bridges = load_pair(bridge, corpus=corpus, device=device)
@@ -65,7 +82,7 @@ def load_pair(bridge: str, *, corpus: Sequence[str] = (), device: str = "cpu") -
 def bridge_folder(bridge: str) -> Path:
     """The folder of a student with bridges: itself, or a shipped one by its short name. ValueError for any other."""
     folder = SHIPPED / bridge if (SHIPPED / bridge).is_dir() and not Path(bridge).is_dir() else Path(bridge)
-    if not (folder / MODEL).is_dir() or not (folder / DENSE).is_file():
+    if not (folder / MODEL).is_dir() or not (folder / DENSE_FILE).is_file():
         raise ValueError(f"bridge: {bridge} holds no student; allowed are folders by fit_bridges, or {NO_BRIDGE}")
     return folder
 

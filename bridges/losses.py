@@ -4,6 +4,8 @@ Divergences and cross-entropies are in nats per token; the normalised mean squar
 prediction and 1 for one as good as the mean of each channel.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -56,14 +58,45 @@ def cross_entropy(logits: Float[Tensor, "*rows V"], targets: Int[Tensor, "*rows"
     return operations.cross_entropy(logits.float(), targets)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What divergences are measured from: log-probabilities of classes of tokens. No gradient reaches them."""
+
+    log_p: Float[Tensor, "*rows C"]
+    """Of the classes."""
+    kept: Int[Tensor, "*rows m"] | None = None
+    """Tokens that are classes of their own, all others being one class behind them; None: every token is a class."""
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "*rows V"], top: int | None = None) -> "Reference":
+        """Of the logits of a model: the full vocabulary, or its `top` likeliest tokens and the others together.
+
+        The probabilities of the top tokens are not renormalised, so that mass that is put elsewhere still costs.
+        Raises `ValueError` for `top` below 1.
+        """
+        logits = logits.detach().float()
+        if top is None or top >= logits.shape[-1]:
+            return cls(logits.log_softmax(-1))
+        if top < 1:
+            raise ValueError(f"top: got {top}, allowed are 1 and more, or none for the full vocabulary")
+        kept = logits.topk(top, dim=-1, sorted=False).indices
+        return cls(_with_tail(logits, kept), kept)
+
+    def kl(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, ""]:
+        """KL(reference || softmax(logits)), mean over tokens, in nats per token, in [0, inf)."""
+        logits = logits.float()
+        log_q = logits.log_softmax(-1) if self.kept is None else _with_tail(logits, self.kept)
+        tokens = max(log_q.numel() // log_q.shape[-1], 1)
+        return F.kl_div(log_q, self.log_p, reduction="sum", log_target=True) / tokens
+
+
 def kl(
     logits_p: Float[Tensor, "*rows V"], logits_q: Float[Tensor, "*rows V"], *, top: int | None = None
 ) -> Float[Tensor, ""]:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), mean over tokens, in nats per token.
 
     With `top`, the vocabulary is the `top` likeliest tokens under p and one class for all the others: a lower bound
-    of the full divergence. The probabilities of the top tokens are not renormalised, so that mass q puts elsewhere
-    still costs.
+    of the full divergence.
 
     Arguments:
         logits_p: the reference's logits. No gradient reaches them.
@@ -72,18 +105,10 @@ def kl(
 
     Returns a scalar in [0, inf). Raises `ValueError` for `top` below 1.
     """
-    log_p, log_q = (logits.float().reshape(-1, logits.shape[-1]) for logits in (logits_p.detach(), logits_q))
-    if top is None or top >= log_p.shape[-1]:
-        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
-    else:
-        if top < 1:
-            raise ValueError(f"top: got {top}, allowed are 1 and more, or none for the full vocabulary")
-        kept = log_p.topk(top, dim=-1, sorted=False).indices
-        log_p, log_q = _with_tail(log_p, kept), _with_tail(log_q, kept)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(len(log_p), 1)
+    return Reference.of(logits_p, top).kl(logits_q)
 
 
-def _with_tail(logits: Float[Tensor, "n V"], kept: Int[Tensor, "n m"]) -> Float[Tensor, "n m+1"]:
+def _with_tail(logits: Float[Tensor, "*rows V"], kept: Int[Tensor, "*rows m"]) -> Float[Tensor, "*rows m+1"]:
     """Log-probabilities of the kept tokens and of all the others together."""
     # The tail is summed itself: one minus the kept mass would lose all digits where the tail is small.
     tail = logits.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)

@@ -3,7 +3,7 @@
 Bridges to compare with come from `bridges.baselines`; measure them with the same function, and hand the results in.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ def bridge_metrics(
         windows: held-out token ids; column t + 1 is the target of column t.
         batch: windows per pass.
         bigram_ce: loss of a bigram model on the same windows (`bigram_loss`), for the recovered shares.
-        mixtures: number of random passes with any number of switches to measure as well.
-        baselines: metrics of other bridges or students, by name, passed through.
+        mixtures: number of random passes with any number of switches to measure as well, out of the 2^(2L).
+        baselines: metrics of other bridges or students, by name, passed through (`bridges.baselines.measure`).
 
     Returns `sites.{site}` with
         `nmse_d2s` of f_i(h_d) for h_s and `nmse_s2d` of g_i(h_s) for h_d, over all positions but the first, and
@@ -57,7 +57,7 @@ def bridge_metrics(
         `recovered_d2s`, `recovered_s2d`: (CE_bigram - CE_hybrid) / (CE_bigram - CE_dense), null where `bigram_ce` is
         not given or the gap to the dense model is below `LEAST_GAP`;
     and over all sites `dense_ce`, `student_ce`, `student_kl`, `bigram_ce`, `recovered_student`, `mixtures`, `tokens`,
-    `k`, `baselines` (`mean` among them, whose NMSE is 1 by definition).
+    `k`, `baselines`, and `warnings` in words.
 
     Raises `ValueError` for no windows, windows of fewer than two tokens, and models that the bridges do not fit.
     """
@@ -94,13 +94,16 @@ def bridge_metrics(
         ],
         "tokens": sums.tokens,
         "k": bridges.shape.k,
-        "baselines": {"mean": {"nmse": 1.0}, **(baselines or {})},
+        "baselines": dict(baselines or {}),
+        "warnings": _warnings(sums, bigram_ce),
     }
 
 
-def recorded(model: Runnable, tokens: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T V"], dict[str, Tensor]]:
-    """Logits, and the residual stream at every residual site."""
-    tap = Record(residual_sites(model.n_layer))
+def recorded(
+    model: Runnable, tokens: Int[Tensor, "B T"], sites: Collection[str] | None = None
+) -> tuple[Float[Tensor, "B T V"], dict[str, Tensor]]:
+    """Logits, and the residual stream at some residual sites; None: at every one."""
+    tap = Record(residual_sites(model.n_layer) if sites is None else sites)
     return model.run(tokens, tap=tap), tap.values
 
 
@@ -180,6 +183,15 @@ class _Sums:
         if bigram_ce is None or bigram_ce - self.ce("dense") < LEAST_GAP:
             return None
         return (bigram_ce - self.ce(name)) / (bigram_ce - self.ce("dense"))
+
+
+def _warnings(sums: _Sums, bigram_ce: float | None) -> list[str]:
+    if bigram_ce is None or bigram_ce - sums.ce("dense") >= LEAST_GAP:
+        return []
+    return [
+        f"the dense model's loss, {sums.ce('dense'):.3f} nats, is less than {LEAST_GAP:g} below that of a bigram "
+        f"model, {bigram_ce:.3f}: a share of it that is recovered would mean little and is left out"
+    ]
 
 
 def _site(sums: _Sums, site: str, bigram_ce: float | None) -> Metrics:

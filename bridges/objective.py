@@ -15,6 +15,7 @@ the student's stream before site i.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +26,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bridges.hybrid import cross
-from bridges.losses import cross_entropy, kl, nmse
+from bridges.losses import Reference, cross_entropy, nmse
 from bridges.maps import Bridges, BridgeShape, check_bridges
 from bridges.metrics import recorded
+from bridges.targets import LiveTeacher, Teacher, arithmetic
 from distill.command import no_type_check
 from distill.model.run import Runnable
 
@@ -60,7 +62,9 @@ class BridgeConfig:
     initial: Literal["random", "least_squares"] = "random"
     """Bridges at the start: Gaussian, or the least-squares ones for the untrained student."""
     recompute: bool = False
-    """Whether partial passes are computed again in the backward pass, to save memory."""
+    """Whether partial passes and their KL are computed again in the backward pass, to save memory."""
+    dense_precision: Literal["training", "float32", "bfloat16"] = "training"
+    """Arithmetic of the frozen dense model's passes: that of the training, or always this one."""
     seed: int = 0
     """Seed of the bridges at the start and of the order of sites."""
 
@@ -75,6 +79,8 @@ class BridgeConfig:
         self._require("kl_top", self.kl_top is None or self.kl_top >= 1, "whole numbers from 1, or none")
         self._require("first_position", self.first_position in ("auto", "in", "out"), "auto, in, out")
         self._require("initial", self.initial in ("random", "least_squares"), "random, least_squares")
+        precisions = ("training", "float32", "bfloat16")
+        self._require("dense_precision", self.dense_precision in precisions, ", ".join(precisions))
         self._require("seed", self.seed >= 0, "whole numbers from 0")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
@@ -90,12 +96,37 @@ class BridgeConfig:
             k=max(1, round(self.k_fraction * student.d_model)),
         )
 
+    def site(self, step: int, sites: Sequence[str]) -> str:
+        """The site of the partial passes of a step; each site comes once in steps 0 to 2L, 2L+1 to 4L+1, and so on."""
+        deal, place = divmod(step, len(sites))
+        # RandomState, for numpy promises that its numbers never change.
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, deal))))
+        return sites[int(random.permutation(len(sites))[place])]
+
+    @property
+    def reads(self) -> Literal["none", "sample", "all"]:
+        """At which sites a step needs the dense residual stream: none, that of its partial passes, or all."""
+        wanted = {self.nmse_sites} if self.nmse else set()
+        wanted |= {self.sites} if self.kl_d2s else set()
+        return "all" if "all" in wanted else "sample" if wanted else "none"
+
+    def read_sites(self, step: int, sites: Sequence[str]) -> tuple[str, ...]:
+        """The sites at which a step needs the dense residual stream."""
+        return {"none": (), "sample": (self.site(step, sites),), "all": tuple(sites)}[self.reads]
+
 
 class BridgeObjective:
     """The loss of a student and its bridges, as the shared trainer calls it: (tokens, step) -> (loss, terms)."""
 
     def __init__(
-        self, dense: Runnable, student: Runnable, bridges: Bridges, config: BridgeConfig, *, skip_first: bool = False
+        self,
+        dense: Runnable,
+        student: Runnable,
+        bridges: Bridges,
+        config: BridgeConfig,
+        *,
+        skip_first: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         """
         Arguments:
@@ -104,6 +135,7 @@ class BridgeObjective:
             bridges: trained.
             config: coefficients and estimators.
             skip_first: leave position 0 out of the NMSE terms (`config.first_position` is not looked at).
+            teacher: what the dense model says of the text, for partial passes excepted; None: it is run.
 
         Raises `ValueError` for models that do not fit each other or the bridges.
         """
@@ -112,6 +144,7 @@ class BridgeObjective:
         self.dense = dense.eval().requires_grad_(False)
         self.student, self.bridges, self.config = student, bridges, config
         self.first = int(skip_first)
+        self.teacher = teacher or LiveTeacher(dense, top=config.kl_top, precision=config.dense_precision)
 
     def __call__(self, tokens: Int[Tensor, "B T1"], step: int) -> tuple[Float[Tensor, ""], dict[str, float | Tensor]]:
         """
@@ -125,14 +158,14 @@ class BridgeObjective:
         with coefficient 0 are not computed.
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        with torch.no_grad():
-            y_d, h_d = recorded(self.dense, inputs)
+        seen = self.teacher(inputs, step, self.config.read_sites(step, self.bridges.sites))
+        h_d = seen.residuals
         y_s, h_s = recorded(self.student, inputs)
         terms: dict[str, Tensor] = {}
         if self.config.ce:
             terms["ce"] = cross_entropy(y_s, targets)
         if self.config.kl:
-            terms["kl"] = self._kl(y_d, y_s)
+            terms["kl"] = seen.reference.kl(y_s)
         parts: dict[str, Tensor] = {}
         sampled = self.site(step)
         for site in self.bridges.sites:
@@ -141,7 +174,7 @@ class BridgeObjective:
                 parts |= {name: weight * value for name, value in self._errors(site, h_d[site], h_s[site]).items()}
             weight = self._weight(self.config.sites, site, sampled)
             if weight:
-                passes = self._passes(site, inputs, y_d, h_d[site], h_s[site])
+                passes = self._passes(site, inputs, seen.reference, h_d.get(site), h_s[site])
                 parts |= {name: weight * value for name, value in passes.items()}
         for name, value in parts.items():
             term = name.split(".", 1)[0]
@@ -154,20 +187,13 @@ class BridgeObjective:
         return getattr(self.config, "nmse" if term.startswith("nmse") else term)
 
     def site(self, step: int) -> str:
-        """The site of the partial passes of a step; each site comes once in steps 0 to 2L, 2L+1 to 4L+1, and so on."""
-        sites = self.bridges.sites
-        deal, place = divmod(step, len(sites))
-        # RandomState, for numpy promises that its numbers never change.
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.config.seed, deal))))
-        return sites[random.permutation(len(sites))[place]]
+        """The site of the partial passes of a step, see `BridgeConfig.site`."""
+        return self.config.site(step, self.bridges.sites)
 
     def _weight(self, which: str, site: str, sampled: str) -> float:
         if which == "all":
             return 1.0
         return float(len(self.bridges.sites)) if site == sampled else 0.0
-
-    def _kl(self, y_d: Tensor, logits: Tensor) -> Tensor:
-        return kl(y_d, logits, top=self.config.kl_top)
 
     def _errors(self, site: str, h_d: Tensor, h_s: Tensor) -> dict[str, Tensor]:
         h_d, h_s = h_d[:, self.first :].to(h_s.dtype), h_s[:, self.first :]
@@ -176,22 +202,30 @@ class BridgeObjective:
             f"nmse_s2d.{site}": nmse(self.bridges.decode(site, h_s), h_d),
         }
 
-    def _passes(self, site: str, tokens: Tensor, y_d: Tensor, h_d: Tensor, h_s: Tensor) -> dict[str, Tensor]:
+    def _passes(
+        self, site: str, tokens: Tensor, reference: Reference, h_d: Tensor | None, h_s: Tensor
+    ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         if self.config.kl_d2s:
+            assert h_d is not None, site
             encoded = cross(self.bridges, self.student, site, h_d, to="sparse")
-            found[f"kl_d2s.{site}"] = self._kl(y_d, self._run(self.student, tokens, site, encoded))
+            found[f"kl_d2s.{site}"] = self._divergence(self.student, tokens, site, encoded, reference)
         if self.config.kl_s2d:
             decoded = cross(self.bridges, self.dense, site, h_s, to="dense")
-            found[f"kl_s2d.{site}"] = self._kl(y_d, self._run(self.dense, tokens, site, decoded))
+            with arithmetic(tokens.device.type, self.config.dense_precision):
+                found[f"kl_s2d.{site}"] = self._divergence(self.dense, tokens, site, decoded, reference)
         return found
 
-    def _run(self, model: Runnable, tokens: Tensor, site: str, residual: Tensor) -> Tensor:
+    def _divergence(self, model: Runnable, tokens: Tensor, site: str, residual: Tensor, reference: Reference) -> Tensor:
+        def run_on(x: Tensor) -> Tensor:
+            return reference.kl(model.run(tokens, start=site, residual=x))
+
         if not self.config.recompute:
-            return model.run(tokens, start=site, residual=residual)
-        logits = checkpoint(lambda x: model.run(tokens, start=site, residual=x), residual, use_reentrant=False)
-        assert isinstance(logits, Tensor)
-        return logits
+            return run_on(residual)
+        # The divergence is computed again too: of a large vocabulary it keeps more than the pass does.
+        found = checkpoint(run_on, residual, use_reentrant=False)
+        assert isinstance(found, Tensor)
+        return found
 
 
 def check_pair(dense: Runnable, student: Runnable, *, context: int | None = None) -> None:

@@ -24,6 +24,8 @@ def circuit_files(paths: Sequence[Path]) -> list[Path]:
 
     ValueError for a path that is not there, and a folder that holds no circuit.
     """
+    if not paths:
+        raise ValueError(f"circuit: got none; allowed are files *{SUFFIX} and folders")
     found: list[Path] = []
     for path in paths:
         files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
@@ -50,7 +52,7 @@ def circuit_page(
         models: where the models are, if known.
         task: name or JSONL file of the task, where it is no built-in one.
         bridge: folder of a student with bridges, or a short name: circuits of it and of its dense model are put side
-            by side and linked.
+            by side and linked, task by task.
         corpus: text for models that bring none.
         config: how much is shown.
 
@@ -63,12 +65,15 @@ def circuit_page(
     for index, circuit in enumerate(circuits):
         groups.setdefault((circuit.model, circuit.task), []).append(index)
     curves = [part for places in groups.values() for part in _curves(places, circuits)]
-    bridged = None if bridge is None else load_bridged(bridge_folder(bridge))
-    if bridged is not None:
-        curves = _bridged_first(curves, circuits, bridged[2].dense.fingerprint, bridged[0].fingerprint())
     tasks = {circuit.task: find_task(circuit, task) for circuit in circuits}
+    links: list[dict[str, Any]] = []
+    if bridge is not None:
+        student, bridges, info = load_bridged(bridge_folder(bridge))
+        curves, pairs = _paired(curves, circuits, info.dense.fingerprint, student.fingerprint())
+        for left in range(0, 2 * pairs, 2):
+            found = _links(curves[left : left + 2], circuits, subjects, tasks, bridges, config)
+            links += [{**link, "left": left, "right": left + 1} for link in found]
     views = [_view(part, circuits, files, subjects, tasks, config) for part in curves]
-    links = [] if bridged is None else _links(curves, circuits, subjects, tasks, bridged[1], config)
     names = [str(one["name"]) for one in views]
     return render(views, title=names[0] if len(names) == 1 else "Circuits", links=links, config=config)
 
@@ -119,17 +124,26 @@ def scorecard_beside(file: Path) -> dict[str, Any] | None:
     return card
 
 
-def _bridged_first(curves: list[list[int]], circuits: Sequence[Circuit], dense: str, student: str) -> list[list[int]]:
-    """The curves with one of the dense model and one of the student in front, of one task."""
+def _paired(
+    curves: list[list[int]], circuits: Sequence[Circuit], dense: str, student: str
+) -> tuple[list[list[int]], int]:
+    """The curves with those of the dense model in front, each with one of the student and of its task behind it, and
+    how many such pairs there are."""
     by_end = {end: [part for part in curves if circuits[part[0]].model == end] for end in (dense, student)}
+    pairs: list[list[int]] = []
     for mine in by_end[dense]:
-        for yours in by_end[student]:
-            if circuits[mine[0]].task == circuits[yours[0]].task:
-                return [mine, yours, *(part for part in curves if part not in (mine, yours))]
-    raise ValueError(
-        "bridge: needs a circuit of its student and one of the dense model it was fitted to, of one task; "
-        f"the circuits given are of {', '.join(sorted({circuit.model_name for circuit in circuits}))}"
-    )
+        of_task = [
+            yours
+            for yours in by_end[student]
+            if circuits[mine[0]].task == circuits[yours[0]].task and yours not in pairs
+        ]
+        pairs += [mine, of_task[0]] if of_task else []
+    if not pairs:
+        raise ValueError(
+            "bridge: needs a circuit of its student and one of the dense model it was fitted to, of one task; "
+            f"the circuits given are of {', '.join(sorted({circuit.model_name for circuit in circuits}))}"
+        )
+    return [*pairs, *(part for part in curves if part not in pairs)], len(pairs) // 2
 
 
 def _links(
@@ -140,8 +154,8 @@ def _links(
     bridges: Bridges,
     config: ViewConfig,
 ) -> list[dict[str, Any]]:
-    """Links between the first two curves, over the nodes of all their circuits."""
-    ends = [[circuits[place] for place in part] for part in curves[:2]]
+    """Links between two curves, the dense model's first, over the nodes of all their circuits."""
+    ends = [[circuits[place] for place in part] for part in curves]
     dense, student = (subjects[part[0].model] for part in ends)
     unions = [{loc: _any([one.nodes[loc] for one in part]) for loc in part[0].nodes} for part in ends]
     task = tasks[ends[0][0].task]

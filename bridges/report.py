@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bridges.compare import DENSE, SPARSE, Comparison
+from bridges.compare import Comparison
 from bridges.figures import plot_bridge, plot_locations, plot_size_loss
+from bridges.ratios import DENSE, SPARSE, arm_of
 from distill.artifact import Provenance, fresh_folder, write_json
 from distill.circuits.subject import Subject
 
@@ -48,13 +49,20 @@ def write_report(
 def table(record: Mapping[str, Any]) -> str:
     """The comparison as text: held-out losses, a row per task and model, the ratios."""
     losses = ", ".join(f"{name} {model['heldout_loss']:.3f}" for name, model in record["models"].items())
-    lines = [f"held-out loss, nats per token: {losses}", "", _line(COLUMNS)]
+    widths = [max([least, *(len(name) + 2 for name in record[key])]) for key, least in (("tasks", 22), ("models", 12))]
+    lines = [f"held-out loss, nats per token: {losses}", "", _line(COLUMNS, widths)]
     for task, row in record["tasks"].items():
         for name in record["models"]:
-            lines.append(_line(_cells(task, name, row)))
+            lines.append(_line(_cells(task, name, row), widths))
             if note := row[name]["reason"] or row[name].get("label"):
                 lines.append(f"{'':24}{note}")
-    return "\n".join([*lines, "", *summary(record), *bridge_lines(record), *crossing_lines(record)])
+    return "\n".join([*lines, "", *said(record)])
+
+
+def said(record: Mapping[str, Any]) -> list[str]:
+    """All that a comparison comes to, in sentences."""
+    parts = (summary, budget_lines, specificity_lines, basis_lines, bridge_lines, crossing_lines)
+    return [line for part in parts for line in part(record)]
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
@@ -71,15 +79,71 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         f"edges dense / sparse: {record['edge_ratio_geomean']:.2f} (geometric mean over {len(counted)} tasks: "
-        f"{', '.join(counted)}{_between(record)}); nodes {record['node_ratio_geomean']:.2f}, "
+        f"{', '.join(counted)}{_between(record)}); {_edge_stage(record)}nodes {record['node_ratio_geomean']:.2f}, "
         f"blindly drawn nodes {record['null_ratio_geomean']:.2f}",
     ]
 
 
 def _between(record: Mapping[str, Any]) -> str:
     """The interval of the ratio in words."""
-    found = record.get("edge_ratio_interval")
-    return "" if found is None else f"; 95% over tasks {found[0]:.2f} to {found[1]:.2f}"
+    found, over = record.get("edge_ratio_interval"), record.get("interval_over", {})
+    if found is None:
+        return ""
+    seeds = "" if max(over[SPARSE], over[DENSE]) < 2 else f" x {over[SPARSE]} sparse x {over[DENSE]} dense seeds"
+    return f"; 95% over tasks{seeds} {found[0]:.2f} to {found[1]:.2f}"
+
+
+def _edge_stage(record: Mapping[str, Any]) -> str:
+    """The ratio of the edges that the edge stage left, which is on or off for both sides alike."""
+    ratio = record.get("pruned_edge_ratio_geomean")
+    on = record.get("config", {}).get("prune", {}).get("edge_clean_up", 0) > 0
+    return f"after cutting edges {ratio:.2f}, " if on and ratio is not None else "no edges cut, "
+
+
+def budget_lines(record: Mapping[str, Any]) -> list[str]:
+    """What twice the pruning budget changes, a line; none where it was not looked at."""
+    found = record.get("budget")
+    if not found or not found["models"]:
+        return []
+    moves = ", ".join(
+        f"{name} {one['moved']:+.0%} (most in one circuit {one['worst']:+.0%}; after cutting edges "
+        f"{one['moved_pruned']:+.0%})"
+        for name, one in found["models"].items()
+    )
+    held = "within" if found["holds"] else "NOT within"
+    ratio = found["edge_ratio_geomean"]
+    then = "" if ratio is None else f", and the ratio is {ratio:.2f} then"
+    return [f"twice the pruning budget moves edges by {moves}: {held} {found['limit']:.0%}{then}"]
+
+
+def specificity_lines(record: Mapping[str, Any]) -> list[str]:
+    """What losing a circuit of the pair does elsewhere (METHODS 6.8), a line for each task."""
+    lines = []
+    for task, row in record["tasks"].items():
+        parts = []
+        for name in record["models"]:
+            damage = row[name].get("damage")
+            if arm_of(name) is None or not damage:
+                continue
+            others = {key.removeprefix("damage_other_"): value for key, value in damage.items() if "_other_" in key}
+            worst = max(others, key=lambda one: others[one], default=None)
+            elsewhere = "" if worst is None else f", {worst} {others[worst]:.3f} at most"
+            parts.append(f"{name} {damage['damage_task']:.3f}{elsewhere}, text {damage['damage_corpus']:.3f} a token")
+        if parts:
+            lines.append(f"{task}: the loss rises without its circuit, nats, in {'; in '.join(parts)}")
+    return lines
+
+
+def basis_lines(record: Mapping[str, Any]) -> list[str]:
+    """Sizes in the dense model's own basis against its heads' singular vectors, a line."""
+    found = record.get("basis")
+    if not found or found["edge_ratio_geomean"] is None:
+        return []
+    return [
+        f"the bridged dense model as it is has {found['edge_ratio_geomean']:.2f} times the edges and "
+        f"{found['node_ratio_geomean']:.2f} times the nodes that it has with its heads in the basis of their singular "
+        f"vectors (geometric mean over {len(found['tasks'])} tasks)"
+    ]
 
 
 def crossing_lines(record: Mapping[str, Any]) -> list[str]:
@@ -87,15 +151,19 @@ def crossing_lines(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for task, row in record["tasks"].items():
         crossed = row.get("interchange") or {}
-        if crossed.get("sites"):
-            best = max(crossed["sites"], key=lambda one: one["effect"])
+        if best := crossed.get("best"):
+            site = next(one for one in crossed["sites"] if one["site"] == best["site"])
             control = f", random channels {np.median(best['controls']):.2f}" if best["controls"] else ""
+            control += "" if best["p"] is None else f", p {best['p']:.2f}"
             for key, words in (("unrelated", "unrelated student"), ("class_means", "class means")):
                 control += "" if best[key] is None else f", {words} {best[key]:.2f}"
+            above = best["above_unrelated"]
+            against = "" if above is None else f", {'more' if above else 'NOT more'} than the unrelated student's"
             lines.append(
-                f"{task}: interchange of the circuit's {best['channels']} channels at {best['site']} goes "
-                f"{best['effect']:.2f} of the way (all channels {best['ceiling']:.2f}{control}; "
-                f"{crossed['pairs']} pairs, {crossed['skipped']} of unequal length skipped)"
+                f"{task}: interchange of the circuit's {site['channels']} channels goes {best['effect']:.2f} of the "
+                f"way at its best site, {best['site']}{against} (all channels "
+                f"{site['ceiling']:.2f}; each at its best site{control}; {crossed['pairs']} pairs, "
+                f"{crossed['skipped']} of unequal length skipped)"
             )
         elif crossed:
             lines.append(f"{task}: no interchange, the dense model is right on {crossed['accuracy'] or 0:.0%} only")
@@ -125,10 +193,13 @@ def bridge_lines(record: Mapping[str, Any]) -> list[str]:
             kept = "kept alone" if test["test"] == "sufficiency" else "taken out"
             control = f", random subspaces {np.median(test['controls']):.3f}" if test["controls"] else ""
             chances = ", ".join(f"{family} p {p:.2f}" for family, p in test["p"].items())
+            single = [one for one in row["bridge"] if one["test"] == test["test"] and one["site"] != "all" and one["p"]]
+            above = sum(one["verdict"] == "above chance" for one in single)
+            apart = f"; one site at a time: above chance at {above} of {len(single)}" if single else ""
             lines.append(
                 f"{task}: the student's circuit in the dense model, its subspace {kept} "
                 f"({test['share']:.0%} of the width): loss {test['loss']:.3f}, model {test['loss_full']:.3f}"
-                f"{control}: {test['verdict']} ({chances})"
+                f"{control}: {test['verdict']} ({chances}){apart}"
             )
     return lines
 
@@ -148,8 +219,8 @@ def _number(value: float | int | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"{cells[0]:<22}{cells[1]:<12}" + "".join(f"{cell:>9}" for cell in cells[2:])
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return f"{cells[0]:<{widths[0]}}{cells[1]:<{widths[1]}}" + "".join(f"{cell:>9}" for cell in cells[2:])
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -205,12 +276,11 @@ def page_of(comparison: Comparison, subjects: Sequence[Subject], figure: bytes, 
         )
     picture = base64.b64encode(figure).decode()
     kept = {key: record[key] for key in ("config", "versions", "seed", "objective")}
-    lines = (*summary(record), *bridge_lines(record), *crossing_lines(record))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_e(title)}</title><style>{STYLE}</style></head><body><h1>{_e(title)}</h1>"
-        f"{''.join(f'<p>{_e(line)}</p>' for line in lines)}{_html_table(record)}"
+        f"{''.join(f'<p>{_e(line)}</p>' for line in said(record))}{_html_table(record)}"
         f'<img alt="edges, nodes and necessity per task and model" src="data:image/png;base64,{picture}">'
         f"<h2>Circuits</h2>{''.join(circuits)}<h2>How this was made</h2>"
         f"<pre>{_e(json.dumps(kept, indent=1, default=str))}</pre></body></html>"
@@ -233,7 +303,7 @@ def _html_table(record: Mapping[str, Any]) -> str:
     rows = []
     for task, row in record["tasks"].items():
         for name in record["models"]:
-            kind = " class=pair" if name in (SPARSE, DENSE) else ""
+            kind = " class=pair" if arm_of(name) is not None else ""
             rows.append(f"<tr{kind}>" + "".join(f"<td>{_e(cell)}</td>" for cell in _cells(task, name, row)) + "</tr>")
             if note := row[name]["reason"] or row[name].get("label"):
                 rows.append(f"<tr><td colspan={len(COLUMNS)} class=reason>{_e(note)}</td></tr>")

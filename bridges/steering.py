@@ -44,6 +44,8 @@ class Steering:
     """0 leaves the dense model as it is, 1 adds the whole difference."""
     prompts: int
     """Prompts that the means are over."""
+    ceiling: float
+    """Mean probability of the same answers where the dense model reads the counterfactual prompts themselves."""
     ratio: float
     """Length of what is added at strength 1 over that of the reads it is added to, root mean square over tokens."""
     probability: Mapping[str, tuple[tuple[float, ...], ...]]
@@ -60,9 +62,9 @@ class Steering:
 
     @property
     def monotone(self) -> float:
-        """Spearman's rank correlation of strength and probability under the node, in [-1, 1]."""
+        """Spearman's rank correlation of strength and probability under the node, in [-1, 1]; 0 where nothing moves."""
         ranks = [rankdata(values) for values in (self.strengths, self.probability[NODE][0])]
-        return float(np.corrcoef(*ranks)[0, 1])
+        return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(rank) > 0 for rank in ranks) else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -75,7 +77,9 @@ class Steering:
         return (
             f"{self.name}: P(counterfactual's answer) {first:.3f} -> {last:.3f} at strength {self.strengths[-1]:g}, "
             f"random directions {min(random):.3f} to {max(random):.3f}, the reads' own difference "
-            f"{self.probability[READS][0][-1]:.3f}; added {self.ratio:.2f} of the read's length"
+            f"{self.probability[READS][0][-1]:.3f}, under the counterfactual itself {self.ceiling:.3f}; of the two "
+            f"answers alone {self.share[NODE][0][0]:.3f} -> {self.share[NODE][0][-1]:.3f}; "
+            f"added {self.ratio:.2f} of the read's length at strength 1"
         )
 
 
@@ -222,7 +226,9 @@ def steer(
             name: [_curve(dense, batch, change, strengths) for change in changes] for name, changes in curves.items()
         }
         record = Record(places)
-        dense.run(batch.tokens, tap=record)
+        logits = answer_logits(dense, batch, record).double()
+        # A prompt's own answer is that of its counterfactual's counterfactual.
+        ceiling = logits.softmax(-1).gather(-1, batch.answer[:, None]).mean()
         read = _read_tokens(batch)
         lengths = [
             torch.stack([values[place][read].square().sum() for place in places]).sum()
@@ -232,6 +238,7 @@ def steer(
         nodes=tuple(nodes),
         strengths=tuple(float(strength) for strength in strengths),
         prompts=len(batch),
+        ceiling=float(ceiling),
         ratio=float((lengths[0] / lengths[1]).sqrt()),
         probability={name: tuple(run[0] for run in runs) for name, runs in found.items()},
         share={name: tuple(run[1] for run in runs) for name, runs in found.items()},
@@ -277,20 +284,25 @@ def parse_strengths(text: str) -> tuple[float, ...]:
 
 
 def plot_steering(results: Mapping[str, Steering], path: str | Path) -> None:
-    """One panel per task: probability of the counterfactual's answer against strength, controls as a band."""
-    figure = Figure(figsize=(4.2 * len(results), 3.6), layout="constrained")
+    """A column per task: probability of the counterfactual's answer against strength, and below its share of the two
+    answers; random directions as a band, and as a line what the counterfactual prompt itself brings."""
+    figure = Figure(figsize=(4.2 * len(results), 6.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True)
-    for axes, (task, found) in panels:
-        x = found.strengths
-        values = torch.tensor(found.probability[RANDOM])
-        if len(values):
-            axes.fill_between(x, values.min(0).values, values.max(0).values, color="0.85", label="random directions")
-        axes.plot(x, found.probability[READS][0], color="0.5", linestyle="--", label="difference of the reads")
-        axes.plot(x, found.probability[NODE][0], color="tab:blue", marker=".", label="node, carried over")
-        axes.set_title(f"{task}: {found.name}", fontsize=9)
-        axes.set_xlabel("strength")
-        axes.set_ylim(0, 1)
-        axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel("probability of the counterfactual's answer")
-    figure.savefig(Path(path), dpi=120)
+    rows = figure.subplots(2, len(results), squeeze=False, sharex="col")
+    for number, (task, found) in enumerate(results.items()):
+        for axes, runs in zip(rows[:, number], (found.probability, found.share), strict=True):
+            values = torch.tensor(runs[RANDOM])
+            if len(values):
+                band = values.min(0).values, values.max(0).values
+                axes.fill_between(found.strengths, *band, color="0.8", label="random directions")
+            axes.plot(found.strengths, runs[READS][0], color="0.5", linestyle="--", label="the reads' own difference")
+            axes.plot(found.strengths, runs[NODE][0], color="tab:blue", marker=".", label="nodes, carried over")
+        rows[0, number].axhline(found.ceiling, color="k", linewidth=0.8, linestyle=":", label="counterfactual prompt")
+        rows[0, number].set_title(f"{task}\n{found.name}", fontsize=9)
+        rows[0, number].set_ylim(bottom=0)
+        rows[1, number].set_ylim(0, 1)
+        rows[1, number].set_xlabel("strength")
+    rows[0, 0].legend(fontsize=7)
+    rows[0, 0].set_ylabel("probability of the counterfactual's answer")
+    rows[1, 0].set_ylabel("its share of the two answers")
+    figure.savefig(Path(path), dpi=110)

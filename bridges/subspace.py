@@ -374,7 +374,7 @@ def subspace_test(
     *,
     controls: Mapping[str, Iterable[Bases]] | None = None,
     other: Mapping[str, Bases] | None = None,
-    each_site: bool = False,
+    each_site: int = 0,
     tests: tuple[Test, ...] = ("sufficiency", "necessity"),
 ) -> list[SubspaceTest]:
     """Both tests at each site of `bases` and at all of them together, on one batch of a task's prompts.
@@ -386,7 +386,8 @@ def subspace_test(
         means: of the dense model.
         controls: by family, sets of other subspaces at the same sites; each family is consumed once.
         other: by name, single sets of subspaces to read the loss against.
-        each_site: hold the controls against every single site too, not only against all sites together.
+        each_site: control sets of each family, the first ones, that are held against every single site too; all are
+            held against all sites together.
         tests: which of sufficiency and necessity.
 
     Returns one record per test and site, in the order of the run, "all" last.
@@ -397,7 +398,6 @@ def subspace_test(
     if len(bases) > 1:
         places.append(tuple(bases))
     cases: list[tuple[Test, tuple[str, ...]]] = [(test, sites) for test in tests for sites in places]
-    held_against = cases if each_site else [case for case in cases if case[1] in places[-1:]]
     others = list((other or {}).values())
     _check_sites(bases, others, "other")
     with evaluating(dense):
@@ -408,11 +408,13 @@ def subspace_test(
         losses = {case: _losses(dense, batch, streams, [bases, *others], means, *case) for case in cases}
         drawn: dict[str, dict[tuple[Test, tuple[str, ...]], list[float]]] = {}
         for family, sets in (controls or {}).items():
-            drawn[family] = {case: [] for case in held_against}
+            drawn[family] = {case: [] for case in cases}
             for some in _chunks(sets, max(1, TOKENS_AT_ONCE // batch.tokens.numel())):
                 _check_sites(bases, some, "controls")
-                for case in held_against:
-                    drawn[family][case] += _losses(dense, batch, streams, some, means, *case)
+                for case, found in drawn[family].items():
+                    mine = some if case[1] == places[-1] else some[: max(0, each_site - len(found))]
+                    if mine:
+                        found += _losses(dense, batch, streams, mine, means, *case)
     held = {site: variance_share(basis, means.covariance[site]) for site, basis in bases.items()}
     return [
         SubspaceTest(

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bridges.baselines import least_squares_bridges
-from bridges.compare import SPARSE, CompareConfig, Comparison
+from bridges.compare import CompareConfig, Comparison
 from bridges.lineup import STUDENT, TEACHER, Lineup
 from bridges.maps import Bridges
 from bridges.metrics import batches, evaluating, recorded
+from bridges.ratios import SPARSE
 from bridges.subspace import (
     RANDOM,
     ResidualMeans,
@@ -39,6 +40,8 @@ from distill.model.sites import layer_of
 CHANNELS, PRINCIPAL, UNRELATED = "channels", "principal", "unrelated"
 """Controls: images of random active channels (a family), the first principal components of the stream, and the images
 of the circuit of a sparse model that never saw the dense one, by least-squares bridges."""
+SITE_CONTROLS = 20
+"""Controls of each family that a test at a single site is held against: as many as a p of 0.05 takes."""
 PAIRS = 32
 """Pairs of prompts that the test looks at."""
 WINDOWS = 128
@@ -53,8 +56,9 @@ def add_subspaces(comparison: Comparison, lineup: Lineup, tasks: Sequence[Task],
     A list of `SubspaceTest.to_json`: one entry per test and site, "all" sites last, then encode-mask-decode per site;
     None where there is no bridge, no circuit of the student, or the dense model cannot do the task. The tests at all
     sites are held against `config.subspaces` random subspaces of equal dimension and variance, and as many images of
-    random active channels; beside each stands the loss with the first principal components, and with the unrelated
-    student's circuit (`unrelated_bridges`), without which success shows only that the information can be decoded.
+    random active channels, those at a single site against 20 of each at most; encode-mask-decode against 20 sets of
+    random channels. Beside each stands the loss with the first principal components, and with the unrelated student's
+    circuit (`unrelated_bridges`), without which success shows only that the information can be decoded.
     """
     teacher, student = lineup.subject(TEACHER), lineup.subject(STUDENT)
     rows = {name: {**row, "bridge": None} for name, row in comparison.record["tasks"].items()}
@@ -101,8 +105,10 @@ def _test(
             CHANNELS: (bridged_subspace(bridges, one) for one in random_channels(live, active, n, seed=seed)),
         },
         other={PRINCIPAL: principal_subspaces(bases, means), **({UNRELATED: unrelated} if unrelated else {})},
+        each_site=min(n, SITE_CONTROLS),
     )
-    return [*found, *masked_test(teacher.model, batch, bridges, live, means)]
+    masks = random_channels(live, active, min(n, SITE_CONTROLS), seed=seed)
+    return [*found, *masked_test(teacher.model, batch, bridges, live, means, controls=masks)]
 
 
 def unrelated_bridges(lineup: Lineup) -> Bridges | None:

@@ -6,14 +6,12 @@ again. `manifest.json` is written last and lists the size and sha256 of every fi
 the path alone and notices every missing, cut or changed file. Whatever is wrong with a file is an `ArtifactError`.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -28,16 +26,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.disk import disk_errors, exchange, sync
 from distill.fingerprint import ArtifactError as ArtifactError
 from distill.fingerprint import fingerprint as fingerprint
+from distill.lock import check_unlocked
+from distill.lock import lock as lock
+from distill.partial import aside_of, partial_of, sweep
+from distill.partial import clear_leftovers as clear_leftovers
+from distill.seal import SEAL, check_seal, seal_of
 
 FORMAT_VERSION = 1
 KINDS = ("model", "tokens", "circuit", "bridge", "report", "run")
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 64 * 2**20
-_LOCK = ".lock"
 _PACKAGES = ("distill-bridges", "torch", "transformers", "numpy")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +94,15 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
 
     Yields a temporary sibling to write into. Any exception, Ctrl-C included, removes it and leaves `path` as it was.
     Raises `ArtifactError` when `path` exists and `replace` is off, when it is no artifact of this kind (nothing else
-    is ever deleted), when this process already writes it, or when the body left a link or its own manifest.
+    is ever deleted), when this or another process already writes it, or when the body left a link or its own manifest;
+    `OSError` when the disk is full, whatever a library calls it.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    if (writer := sweep(path)) not in (0, os.getpid()):
+        raise ArtifactError(f"{path}: is being written by another run (process {writer})")
     check_free(path, provenance.kind, replace=replace)
-    partial = _partial(path)
+    partial = partial_of(path)
     try:
         partial.mkdir()
     except FileExistsError:
@@ -106,19 +110,20 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
     claim = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(claim, fcntl.LOCK_EX)
-        yield partial
+        with disk_errors(path):
+            yield partial
         if (partial / MANIFEST).exists():
             raise ArtifactError(f"{path}: {MANIFEST} is written by the folder itself, choose another file name")
         write_manifest(partial, provenance)
         for folder, _, names in os.walk(partial):
             for entry in (*(Path(folder) / name for name in names), Path(folder)):
-                _sync(entry)
+                sync(entry)
         check_free(path, provenance.kind, replace=replace)
         if path.exists():
-            _exchange(partial, path)
+            exchange(partial, path, aside_of(path))
         else:
             os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         # After a swap the earlier artifact lies here; after a failure, what the body wrote.
         shutil.rmtree(partial, ignore_errors=True)
@@ -140,7 +145,7 @@ def write_manifest(folder: str | Path, provenance: Provenance) -> None:
             files[name] = {"bytes": entry.stat().st_size, "sha256": _sha256(entry)}
     head = {"kind": provenance.kind, "format_version": FORMAT_VERSION, "provenance": provenance.record()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(folder / MANIFEST, {**head, "versions": versions(), "created": created, "files": files})
+    _write_sealed(folder / MANIFEST, {**head, "versions": versions(), "created": created, "files": files})
 
 
 def read_manifest(folder: str | Path, kind: str | None = None, verify: bool = True) -> dict[str, Any]:
@@ -155,26 +160,62 @@ def read_manifest(folder: str | Path, kind: str | None = None, verify: bool = Tr
     the folder, and a file that is missing or not as it was written.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder")
-    manifest = read_json(folder / MANIFEST, what="manifest")
-    _check_head(folder / MANIFEST, manifest, kind)
-    if manifest["kind"] not in KINDS:
-        raise ArtifactError(f"{folder / MANIFEST}: kind {manifest['kind']!r}, known are {', '.join(KINDS)}")
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise ArtifactError(f"{folder / MANIFEST}: 'files' must be an object of file names")
-    for name, entry in files.items():
+    manifest = _read_head(folder, kind)
+    for name, entry in manifest["files"].items():
         _check_file(folder, name, entry, verify)
+    check_seal(folder / MANIFEST, manifest, "manifest")
     return manifest
 
 
+def read_head(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of a folder whose files may have changed since, as while a run goes on: none is looked at.
+
+    Raises `ArtifactError` as `read_manifest`, but for the files.
+    """
+    manifest = _read_head(Path(folder), kind)
+    check_seal(Path(folder) / MANIFEST, manifest, "manifest")
+    return manifest
+
+
+def _read_head(folder: Path, kind: str | None) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    path = folder / MANIFEST
+    manifest = read_json(path, what="manifest")
+    _check_head(path, manifest, kind)
+    if manifest["kind"] not in KINDS:
+        raise ArtifactError(f"{path}: kind {manifest['kind']!r}, known are {', '.join(KINDS)}")
+    if not isinstance(manifest.get("files"), dict):
+        raise ArtifactError(f"{path}: 'files' must be an object of file names")
+    known = manifest.get("provenance")
+    if not isinstance(known, dict) or not all(isinstance(known.get(name, {}), dict) for name in ("config", "extra")):
+        raise ArtifactError(f"{path}: 'provenance' must be an object, and 'config' and 'extra' in it")
+    return manifest
+
+
+def check_listed(folder: str | Path, *names: str) -> None:
+    """Refuse files that are not what the manifest of their folder lists; those that it does not list are not looked at.
+
+    Raises `ArtifactError` as `read_manifest`; does nothing where there is no manifest.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        files = read_head(folder)["files"]
+        for name in names:
+            if name in files:
+                _check_file(folder, name, files[name], verify=True)
+
+
 def remove_folder(path: str | Path, kind: str) -> None:
-    """Delete an artifact of this kind (for `--overwrite`). Raises `ArtifactError` for anything else, untouched."""
+    """Delete an artifact of this kind (for `--overwrite`).
+
+    Raises `ArtifactError` for anything else, and for a folder that another run holds (`lock`), untouched.
+    """
     path = Path(path).resolve()
     if path.exists():
         check_free(path, kind, replace=True)
-        aside = _partial(path)
+        check_unlocked(path)
+        aside = partial_of(path)
         os.rename(path, aside)  # one step: a kill midway leaves a partial, never half an artifact
         shutil.rmtree(aside)
 
@@ -182,6 +223,7 @@ def remove_folder(path: str | Path, kind: str) -> None:
 def check_free(path: str | Path, kind: str, *, replace: bool) -> None:
     """Refuse a path that is taken; with `replace`, one that is not an earlier artifact of this kind."""
     path = Path(path)
+    check_room(path)
     if not path.exists():
         return
     if not replace:
@@ -193,6 +235,16 @@ def check_free(path: str | Path, kind: str, *, replace: bool) -> None:
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path}: will not be overwritten, it holds files but no {MANIFEST}, so it is not ours")
     _check_head(path / MANIFEST, read_json(path / MANIFEST, what="manifest"), kind)
+
+
+def check_room(path: str | Path) -> None:
+    """Refuse, before any work, a path that nothing can be written to: below a file, or in a folder that is closed."""
+    path = Path(path).absolute()
+    there = next(parent for parent in path.parents if parent.exists())
+    if not there.is_dir():
+        raise ArtifactError(f"{path}: {there} is a file, so nothing can be written in it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{path}: nothing can be written in {there} (read-only file system, or not yours)")
 
 
 def _check_head(path: Path, head: Any, kind: str | None) -> None:
@@ -216,11 +268,15 @@ def _check_file(folder: Path, name: str, entry: Any, verify: bool) -> None:
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or "\\" in name or not parts.parts:
         raise ArtifactError(f"{folder / MANIFEST}: file name {name!r} leads out of the folder")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        leads_out, there = not path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long for a name, or a circle of links
+        raise ArtifactError(f"{folder / MANIFEST}: {name[:60]!r} is no file name ({type(error).__name__})") from None
+    if leads_out:
         raise ArtifactError(f"{folder / MANIFEST}: file {name!r} is a link out of the folder")
     if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
         raise ArtifactError(f"{folder / MANIFEST}: entry of {name!r} must hold 'bytes' and 'sha256'")
-    if not path.is_file():
+    if not there:
         raise ArtifactError(f"{path}: is missing, the manifest lists it")
     if path.stat().st_size != entry["bytes"]:
         raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
@@ -233,12 +289,30 @@ def write_json(path: str | Path, value: Any) -> None:
 
     Raises `ArtifactError` for NaN and infinities, which JSON cannot hold, and for a value nested in itself.
     """
-    try:
-        text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be written as JSON: {error}") from None
+    write_text(path, _as_json(path, value, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8) in one step: whole, or what was there stays."""
     with _fresh_file(Path(path)) as partial:
-        partial.write_bytes(text.encode() + b"\n")
+        partial.write_text(text, encoding="utf-8")
+
+
+def _as_json(path: str | Path, value: Any, *, indent: int | None = None, what: str = "") -> str:
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, default=_plain)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: {what}cannot be written as JSON: {error}") from None
+
+
+def _sealed(path: str | Path, value: Mapping[str, Any], what: str = "") -> dict[str, Any]:
+    """The object as it will be read back, with its seal."""
+    plain = json.loads(_as_json(path, value, what=what))
+    return {**plain, SEAL: seal_of(plain)}
+
+
+def _write_sealed(path: str | Path, record: Mapping[str, Any]) -> None:
+    write_json(path, _sealed(path, record))
 
 
 def read_json(path: str | Path, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -263,20 +337,27 @@ def read_json(path: str | Path, *, what: str, max_bytes: int = MAX_JSON_BYTES) -
         raise ArtifactError(f"{path}: {what} is not JSON: {error}") from None
 
 
-def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """`write_json` of an object that is to be read back, its format version first."""
-    write_json(path, {"format_version": FORMAT_VERSION, **record})
+def write_record(path: str | Path, record: Mapping[str, Any], *, seal: bool = True) -> None:
+    """`write_json` of an object that is to be read back, its format version first, its seal last.
+
+    Without `seal` a person may edit the file.
+    """
+    versioned = {"format_version": FORMAT_VERSION, **record}
+    _write_sealed(path, versioned) if seal else write_json(path, versioned)
 
 
 def read_record(path: str | Path, *, what: str) -> dict[str, Any]:
-    """What `write_record` wrote, without the version; one that has none is of version 1.
+    """What `write_record` wrote, without version and seal; one that has no version is of version 1.
 
-    Raises `ArtifactError` as `read_json`, and for what is no object or of a version that is not read.
+    Raises `ArtifactError` as `read_json`, for what is no object or of a version that is not read, and for one that was
+    changed since it was sealed.
     """
     record = read_json(path, what=what)
     if not isinstance(record, dict):
         raise ArtifactError(f"{path}: is no {what}, which is a JSON object")
     _check_version(Path(path), record.pop("format_version", 1))
+    check_seal(path, record, what)
+    record.pop(SEAL, None)
     return record
 
 
@@ -285,7 +366,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
     Arguments:
         tensors: name to dense tensor; views and shared storages are written out, each in full.
-        metadata: JSON values, `kind` among them (any word); format version, versions and a fingerprint are added.
+        metadata: JSON values, `kind` among them (any word); format version, versions, a fingerprint of the tensors and
+            a seal of all of these are added.
 
     Raises `ArtifactError` without a kind, for a sparse tensor, and for metadata that JSON cannot hold.
     """
@@ -299,10 +381,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     added = {"format_version": FORMAT_VERSION, "versions": versions(), "sha256": fingerprint(whole)}
-    try:
-        head = json.dumps({**metadata, **added}, allow_nan=False, default=_plain)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: metadata cannot be written as JSON: {error}") from None
+    head = json.dumps(_sealed(path, {**metadata, **added}, "metadata "))
     with _fresh_file(Path(path)) as partial:
         save_file(whole, partial, metadata={"distill": head})
 
@@ -329,6 +408,8 @@ def load_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
         raise ArtifactError(f"{path}: is no readable {kind} file: {error}") from None
     if fingerprint(tensors) != head.get("sha256"):
         raise ArtifactError(f"{path}: its tensors are not the ones that were written, the file was changed or damaged")
+    check_seal(path, head, f"{kind} file")
+    head.pop(SEAL, None)
     return tensors, head
 
 
@@ -337,10 +418,7 @@ def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
 
     Raises `ArtifactError` for NaN and infinities.
     """
-    try:
-        line = json.dumps(record, allow_nan=False, default=_plain).encode() + b"\n"
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be written as JSON: {error}") from None
+    line = _as_json(path, record).encode() + b"\n"
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
@@ -352,104 +430,24 @@ def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` (made where it is missing) for this process, until the body ends or the process does.
-
-    Raises `ArtifactError` that names folder and process when another run holds it.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise ArtifactError(f"{folder}: in use by another run (process {holder})") from None
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        yield
-        os.ftruncate(file, 0)
-    finally:
-        os.close(file)  # releases the lock; the file stays, for removing it would race with the next holder
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of earlier tries at `path`; one that still writes holds a lock on its own."""
-    if _aside(path).exists():  # killed between the renames of `_exchange`
-        os.rename(_aside(path), path if not path.exists() else _partial(path))
-    prefix = f".{path.name}.partial-"
-    for entry in list(path.parent.iterdir()):
-        pid = entry.name.removeprefix(prefix)
-        if entry.name == pid or not pid.isdecimal() or (int(pid) != os.getpid() and _alive(int(pid))):
-            continue
-        with suppress(FileNotFoundError):
-            file = os.open(entry, os.O_RDONLY)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(file)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-@contextmanager
 def _fresh_file(path: Path) -> Iterator[Path]:
     """A sibling to write to, which takes the name `path` when the body ends well."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    partial = _partial(path)
+    sweep(path)
+    partial = partial_of(path)
     try:
-        yield partial
+        with disk_errors(path):
+            yield partial
         # Some writers make files that only their owner may read; what we leave is as readable as any new file.
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o666 & ~mask)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _exchange(partial: Path, path: Path) -> None:
-    """Swap two folders: in one step where the kernel can (Linux), else by two renames."""
-    if sys.platform == "linux":
-        names = (_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE)
-        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # some C libraries lack it, some file systems refuse
-        if renameat2 is not None and renameat2(*names) == 0:
-            return
-    os.rename(path, _aside(path))
-    os.rename(partial, path)
-    os.rename(_aside(path), partial)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.aside")
 
 
 def _sha256(path: Path) -> str:

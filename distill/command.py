@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes a second to import, which `--help` and a mistyp
 Options = TypeVar("Options")
 
 _BAD_PLACES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_BAD_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+_BAD_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -99,7 +99,7 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             return None
-        raise ValueError(_reason(complaint.getvalue(), target.__name__)) from None
+        raise ValueError(_reason(complaint.getvalue(), target.__name__) + _switch(complaint.getvalue(), argv)) from None
     sys.stderr.write(complaint.getvalue())  # warnings of Python's own
     return options(**{f.name: getattr(parsed, f.name) for f in fields(options)}) if presets else parsed  # pyright: ignore[reportArgumentType]
 
@@ -207,6 +207,15 @@ def _reason(box: str, root: str) -> str:
     if not hints and first.startswith("Unrecognized"):
         hints = ["--help lists every flag"]
     return "; ".join([first, *hints])
+
+
+def _switch(box: str, argv: Sequence[str]) -> str:
+    """Which flag it is about where a value was given to one that takes none: the complaint names the value alone."""
+    given = [word.partition("=") for word in argv if word.startswith("--") and "=" in word]
+    found = [flag for flag, _, value in given if value and "Unrecognized" in box and value in box and flag not in box]
+    return (
+        f"; {found[0]} takes no value, allowed are {found[0]} and {found[0].replace('--', '--no-', 1)}" if found else ""
+    )
 
 
 def _refuse(message: str) -> int:

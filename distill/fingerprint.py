@@ -42,7 +42,10 @@ def _feed(digest: Any, value: Any, where: str) -> None:
     elif isinstance(value, Tensor | np.ndarray):
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         digest.update(f"tensor {tensor.dtype} {list(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel() < 2:  # of which torch keeps any stride, even 0
+            flat = torch.empty_like(flat).copy_(flat) if flat.stride() == (1,) else flat.new_tensor(flat.tolist())
+        digest.update(flat.view(torch.uint8).numpy().data)
     elif value is None or isinstance(value, str | int | float | Path | np.generic):
         plain = value.item() if isinstance(value, np.generic) else value
         text = str(plain).encode(errors="surrogatepass")

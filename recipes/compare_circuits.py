@@ -2,12 +2,14 @@
 
     python recipes/compare_circuits.py --task single_double_quote for_while
     python recipes/compare_circuits.py --model runs/sparse --dense runs/dense --bridge runs/student --out runs/mine
+    python recipes/compare_circuits.py --circuits runs/quickstart --check-budget --rotated
 
-Without arguments it takes the shipped models. --model and --dense are the pair whose circuit sizes are put in ratio;
---bridge adds a student and the dense model it was fitted to, the test of the bridged subspace, interchange through the
-bridge and node correspondence, with their controls; --config.targets 0.5 0.25 0.15 0.1 0.05 adds curves of size against
-loss. --circuits takes circuits that were found before instead of searching again. The folder gets comparison.json (see
-bridges/COMPARISON.md), figures, index.html and one circuit file per task and model; recipes/view.py shows these.
+Without arguments it takes the shipped models. --model and --dense are the pair whose circuit sizes are put in ratio,
+each one or several seeds; --bridge adds a student and the dense model it was fitted to, the test of the bridged
+subspace, interchange through the bridge and node correspondence, with their controls; --config.targets 0.5 0.25 0.15
+0.1 0.05 adds curves of size against loss. --circuits takes circuits found before instead of searching again. The folder
+gets comparison.json (see bridges/COMPARISON.md), figures, index.html and one circuit file per task and model;
+recipes/view.py shows these. Expect about 5 minutes for the shipped models, 2 with --circuits.
 """
 
 from collections.abc import Sequence
@@ -24,8 +26,9 @@ from bridges import (
     table,
     write_report,
 )
-from bridges.basis import add_rotated
-from distill import command, load_task
+from bridges.basis import add_basis, add_rotated
+from bridges.budget import add_budget
+from distill import command, load_subject, load_task
 from distill.artifact import Provenance, check_free, default_out
 
 
@@ -33,10 +36,12 @@ from distill.artifact import Provenance, check_free, default_out
 class Options:
     """Options of compare_circuits."""
 
-    model: str = "sparse"
-    """Sparse model: folder or short name of a shipped one."""
-    dense: str = "dense"
-    """Its dense counterpart of matched held-out loss."""
+    model: tuple[str, ...] = ("sparse",)
+    """Sparse model, or several seeds of one: folders or short names of shipped ones."""
+    dense: tuple[str, ...] = ("dense",)
+    """Its dense counterpart of matched held-out loss, or several seeds."""
+    second_dense: str | None = None
+    """Another seed of the dense model, for the agreement of losses token by token only."""
     bridge: str = "student"
     """Folder of a student with bridges, or none."""
     task: tuple[str, ...] = ("single_double_quote", "for_while", "if_equals", "while_return_true")
@@ -47,6 +52,8 @@ class Options:
     """Text to measure ablation values on, for models that bring none (see train_sparse)."""
     circuits: Path | None = None
     """Folder of an earlier comparison, whose circuits are taken where they are of these models and this target."""
+    check_budget: bool = False
+    """Search for the pair's circuits once more at twice the budget: edges should move by less than 10%."""
     rotated: bool = False
     """Also the bridged dense model with its heads in the basis of their singular vectors: is sparse simpler, or only
     better aligned?"""
@@ -68,9 +75,13 @@ def compare_circuits(options: Options) -> None:
     lineup = load_lineup(options.model, options.dense, options.bridge, corpus=options.corpus, device=options.device)
     lineup = add_rotated(lineup) if options.rotated else lineup
     known = None if options.circuits is None else known_circuits(options.circuits)
-    comparison = compare(lineup.subjects, tasks, config, known=known)
+    seconds = () if options.second_dense is None else (options.second_dense,)
+    beside = [load_subject(one, name="second_dense", corpus=options.corpus, device=options.device) for one in seconds]
+    comparison = compare(lineup.subjects, tasks, config, known=known, beside=beside)
+    comparison = add_budget(comparison, lineup.subjects, tasks) if options.check_budget else comparison
     for add in (add_subspaces, add_crossings):
         comparison = add(comparison, lineup, tasks, config)
+    comparison = add_basis(comparison)
     provenance = Provenance(
         kind="report", command="recipes/compare_circuits.py", config=asdict(options), seed=options.seed, data=None
     )

@@ -38,6 +38,10 @@ class Options:
     """Whether each circuit gets its scorecard, from the checks that take seconds."""
     corpus: tuple[str, ...] = ()
     """Text to measure ablation values on, for models that bring none (see train_sparse)."""
+    test_pairs: int = 64
+    """Pairs of prompts, unseen by pruning, that each circuit is judged on."""
+    random_sets: int = 20
+    """Random node sets that necessity is read against."""
     prune: PruneConfig = field(default_factory=PruneConfig)
     """How the circuit is searched for; --target and --seed go before its own."""
     out: Path = default_out("circuits")
@@ -54,7 +58,10 @@ def prune_circuit(options: Options) -> None:
     tasks = [load_task(name) for name in options.task]
     subject = load_subject(options.model, corpus=options.corpus, device=options.device)
     prune = replace(options.prune, target=options.target, seed=options.seed)
-    comparison = compare([subject], tasks, CompareConfig(prune=prune, relative=options.relative))
+    config = CompareConfig(
+        prune=prune, relative=options.relative, test_pairs=options.test_pairs, random_sets=options.random_sets
+    )
+    comparison = compare([subject], tasks, config)
     if not (options.relative or comparison.circuits):
         raise ValueError("; ".join(str(row[subject.name]["reason"]) for row in comparison.record["tasks"].values()))
     provenance = Provenance(

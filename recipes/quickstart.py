@@ -4,16 +4,26 @@
     python recipes/quickstart.py --from-scratch
 
 Prunes four small models of Python code on a few tasks: a sparse transformer, the same code trained dense to the same
-held-out loss, a GPT-2, and a sparse student with bridges to that GPT-2. Prints one table and writes
-runs/quickstart/: comparison.json, comparison.png, index.html (opens from disk) and one circuit per task and model.
-With --from-scratch all four models are trained first, smaller, in under an hour; run it again to go on after Ctrl-C.
+held-out loss, a GPT-2, and a sparse student with bridges to that GPT-2. Prints one table with what it comes to, and
+writes runs/quickstart/: comparison.json, figures, index.html (opens from disk) and one circuit per task and model, all
+of which `python recipes/view.py runs/quickstart --bridge student` puts into one page to look at. With --from-scratch
+all four models are trained first, smaller, in under an hour; run it again to go on after Ctrl-C.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from bridges import CompareConfig, add_subspaces, compare, load_lineup, table, train_lineup, write_report
+from bridges import (
+    CompareConfig,
+    add_crossings,
+    add_subspaces,
+    compare,
+    load_lineup,
+    table,
+    train_lineup,
+    write_report,
+)
 from distill import command, load_task
 from distill.artifact import Provenance, check_free, default_out
 from distill.model.load import SHIPPED
@@ -53,13 +63,15 @@ def quickstart(options: Options) -> None:
     else:
         # By their paths: a folder that happens to be called sparse must not come in between.
         lineup = load_lineup(*(str(SHIPPED / name) for name in ("sparse", "dense", "student")), device=options.device)
-    comparison = add_subspaces(compare(lineup.subjects, tasks, config), lineup, tasks, config)
+    comparison = compare(lineup.subjects, tasks, config)
+    for add in (add_subspaces, add_crossings):
+        comparison = add(comparison, lineup, tasks, config)
     provenance = Provenance(
         kind="report", command="recipes/quickstart.py", config=asdict(options), seed=options.seed, data=None
     )
     write_report(comparison, lineup.subjects, options.out, provenance, "Quickstart: circuits, sparse and dense")
     print(table(comparison.record))
-    print(f"comparison.json, comparison.png, index.html and the circuits are in {options.out}")
+    print(f"comparison.json, figures, index.html and the circuits are in {options.out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ class Options:
     """Tasks by name, or JSONL files."""
     node: tuple[str, ...] = (AUTO,)
     """Read nodes of the student, such as 2.attn.act_in.46, steered together; auto: its strongest ones."""
-    top: int = 16
+    top: int = 64
     """Nodes with auto."""
     strength: str = "0:1:11"
     """Strengths as FIRST:LAST:NUMBER, evenly spaced; 1 is the whole counterfactual difference."""
@@ -60,6 +60,8 @@ def run(options: Options) -> None:
             raise ValueError(f"{name}: got {getattr(options, name)}, allowed are whole numbers from 1")
     if AUTO in options.node and len(options.node) > 1:
         raise ValueError(f"node: got {AUTO} beside names; allowed is one or the other")
+    if not options.task:
+        raise ValueError("task: got none; allowed are one or more")
     tasks = [load_task(name) for name in options.task]
     device = str(command.pick_device(options.device))
     dense, student, bridges = load_pair(options.bridge, corpus=options.corpus, device=device)

@@ -53,6 +53,8 @@ class Options:
 
 def tasks(options: Options) -> None:
     """Read the tasks; list them, show them, or measure a model on them."""
+    if not options.task:
+        raise ValueError("task: got none; allowed are one or more")
     if options.pairs < 1 or options.show < 0:
         raise ValueError(f"pairs, show: got {options.pairs}, {options.show}; allowed are 1 and more, 0 and more")
     if options.out is not None and not options.model:

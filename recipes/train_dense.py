@@ -34,7 +34,7 @@ class Options:
     kind: Literal["same", "gpt2"] = "same"
     """same: the sparse model's code at kept fraction 1; gpt2: Hugging Face's GPT-2."""
     corpus: tuple[str, ...] = ("stdlib",)
-    """Texts: stdlib, package:NAME, idioms:MEGABYTES, a folder, hf:NAME, or one folder of packed tokens."""
+    """Texts: stdlib, package:NAME, idioms:MEGABYTES, a folder, lines:FILE, hf:NAME, or one folder of packed tokens."""
     vocab_size: int = 2048
     """Size of the BPE tokenizer trained on the corpus."""
     architecture: Architecture = Architecture(context=128, n_layer=3, d_model=64)

@@ -21,7 +21,7 @@ from distill.data import prepare, prepare_stream
 from distill.model import Architecture, SparseTransformer
 from distill.training import TrainConfig, estimate_run, make_engine, pretrain
 from distill.training.presets import PRESETS
-from distill.training.pretrain import check_way
+from distill.training.pretrain import check_way, fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Options:
     """Options of train_sparse."""
 
     corpus: tuple[str, ...] = ("stdlib",)
-    """Texts: stdlib, package:NAME, idioms:MEGABYTES, a folder, hf:NAME, or one folder of packed tokens."""
+    """Texts: stdlib, package:NAME, idioms:MEGABYTES, a folder, lines:FILE, hf:NAME, or one folder of packed tokens."""
     stream: bool = False
     """Read, shuffle and encode the texts while training; `idioms` without a size has no end then."""
     weights: tuple[float, ...] = ()
@@ -62,6 +62,7 @@ def train_sparse(options: Options) -> None:
     config = replace(options.config, seed=options.seed)
     if options.weights and not options.stream:
         raise ValueError(f"weights: got {options.weights}, allowed with --stream only")
+    fixed(options.linear_path)
     engine = make_engine(config, options.out)
     device = command.pick_device(options.device) if engine.num_processes == 1 else engine.device
     engine.print(estimate_run(architecture, config, device=device, timed=options.dry_run).describe())

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def test_path_taken_while_writing_is_not_lost(tmp_path: Path) -> None:
 
 
 def test_swap_without_the_kernels_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     write(tmp_path / "a", "old")
     write(tmp_path / "a", "new", replace=True)
     assert (tmp_path / "a" / "deep" / "text.txt").read_text() == "new"
@@ -180,11 +182,15 @@ with fresh_folder(sys.argv[1], Provenance(kind="report", command="c", config={},
     partial = writer.stdout.readline().strip()
     assert names(tmp_path) == [partial]
     write(tmp_path / "b")
-    write(tmp_path / "a")  # another process is alive and keeps its partial folder
-    assert names(tmp_path) == sorted([partial, "a", "b"])
+    with pytest.raises(ArtifactError, match=f"a: is being written by another run .process {writer.pid}"):
+        write(tmp_path / "a")
+    artifact.clear_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([partial, "b"])
     writer.send_signal(signal.SIGKILL)
     writer.communicate()
-    write(tmp_path / "a", replace=True)
+    artifact.clear_leftovers(tmp_path)
+    assert names(tmp_path) == ["b"]
+    write(tmp_path / "a")
     assert names(tmp_path) == ["a", "b"]
 
 
@@ -483,18 +489,34 @@ with lock(sys.argv[1]):
     holder = python(code, tmp_path / "run")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with (
-        pytest.raises(ArtifactError, match=rf"/run: in use by another run \(process {holder.pid}\)"),
+        pytest.raises(
+            ArtifactError, match=rf"/run: in use by another run \(process {holder.pid} on {socket.gethostname()}\)"
+        ),
         artifact.lock(tmp_path / "run"),
     ):
         pass
     holder.kill()
     holder.communicate()
     with artifact.lock(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
-        with pytest.raises(ArtifactError, match=f"process {os.getpid()}"), artifact.lock(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
+        with artifact.lock(tmp_path / "run"):  # the same run, at another place of its work
             pass
+        with ThreadPoolExecutor(1) as other, pytest.raises(ArtifactError, match=f"process {os.getpid()}"):
+            other.submit(lambda: artifact.lock(tmp_path / "run").__enter__()).result()
     with artifact.lock(tmp_path / "run"):
         pass
+
+
+def test_a_locked_folder_is_not_deleted(tmp_path: Path) -> None:
+    write(tmp_path / "a", kind="run")
+    with artifact.lock(tmp_path / "a"), ThreadPoolExecutor(1) as other:
+        with pytest.raises(ArtifactError, match="a: in use by another run"):
+            other.submit(artifact.remove_folder, tmp_path / "a", "run").result()
+        artifact.read_manifest(tmp_path / "a")
+        artifact.remove_folder(tmp_path / "a", "run")
+        with artifact.lock(tmp_path / "a"):  # ours still, though the folder is another
+            pass
+    assert not (tmp_path / "a").exists()
 
 
 def test_versions_and_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ The mean absolute activation is measured along the way: controls draw random nod
 
 Three other values stand beside it, and all are used alike, through `Means.at`: the mean over the task's own prompts
 (`task_means`), zero (`zeros`), and *resample*: what the nodes are at one token of the corpus, another one for each
-prompt
-and position and the same one for all nodes (`Resampled`). `FreezeNorms` keeps the norms at the full model's scales, so
-that a pruned residual stream, which is shorter, is not made up for by a larger gain.
+prompt and position and the same one for all nodes (`Resampled`). `FreezeNorms` keeps the norms at the full model's
+scales, so that a pruned residual stream, which is shorter, is not made up for by a larger gain.
 """
 
 from collections.abc import Mapping
@@ -24,8 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.artifact import fingerprint, load_tensors, save_tensors
+from distill.artifact import ArtifactError, fingerprint, load_tensors, save_tensors
 from distill.circuits.tasks import TaskBatch
+from distill.fields import check_fields
 from distill.model.run import Runnable
 from distill.model.sites import residual_sites
 
@@ -114,6 +114,7 @@ class Means:
         differ, ArtifactError for a file that is no file of means.
         """
         tensors, metadata = load_tensors(Path(path), kind="means")
+        check_fields(path, metadata, {"model": str, "data": str, "tokens": int, "protect_first": bool})
         for name, wanted in (("model", model), ("data", data)):
             if wanted is not None and metadata[name] != wanted:
                 raise MeansMismatchError(
@@ -123,7 +124,13 @@ class Means:
         split: dict[str, dict[str, Tensor]] = {"mean": {}, "magnitude": {}}
         for name, value in tensors.items():
             what, _, location = name.partition("/")
+            if what not in split:
+                raise ArtifactError(f"{path}: holds {name!r}; allowed are tensors mean/... and magnitude/...")
             split[what][location] = value
+        check_means(path, split["mean"], split["magnitude"])
+        kind = metadata.get("ablation", "mean")
+        if kind not in ABLATIONS:
+            raise ArtifactError(f"{path}: ablation is {kind!r}, allowed are {', '.join(ABLATIONS)}")
         return cls(
             values=split["mean"],
             magnitude=split["magnitude"],
@@ -131,8 +138,23 @@ class Means:
             data=metadata["data"],
             tokens=metadata["tokens"],
             protect_first=metadata["protect_first"],
-            kind=metadata.get("ablation", "mean"),
+            kind=kind,
         )
+
+
+def check_means(path: str | Path, values: Mapping[str, Tensor], magnitude: Mapping[str, Tensor]) -> None:
+    """ArtifactError where tensors out of a file are no ablation values: of the same nodes, finite, in one form."""
+    if not values or values.keys() != magnitude.keys():
+        raise ArtifactError(f"{path}: holds means of {len(values)} locations, magnitudes of {len(magnitude)}")
+    forms = {value.shape[:-1] for value in values.values()}
+    for location, value in values.items():
+        size = magnitude[location]
+        whole = value.is_floating_point() and size.is_floating_point() and value.dim() in (1, 2) and len(forms) == 1
+        if not whole or size.shape != value.shape[-1:]:
+            shapes = f"{value.dtype} {tuple(value.shape)}, magnitude {size.dtype} {tuple(size.shape)}"
+            raise ArtifactError(f"{path}: means of {location} are {shapes}; allowed are numbers of one form everywhere")
+        if not bool(value.isfinite().all()):
+            raise ArtifactError(f"{path}: means of {location} are not finite")
 
 
 @dataclass(frozen=True, kw_only=True)

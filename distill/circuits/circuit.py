@@ -22,7 +22,7 @@ from scipy import sparse
 from torch import Tensor
 
 from distill.artifact import ArtifactError, load_tensors, save_tensors, versions
-from distill.circuits.ablation import Means
+from distill.circuits.ablation import ABLATIONS, Means, check_means
 from distill.circuits.answers import Calibration
 from distill.circuits.edges import (
     EdgeSet,
@@ -36,6 +36,7 @@ from distill.circuits.edges import (
 )
 from distill.circuits.masks import Nodes, node_count
 from distill.circuits.standalone import Standalone, standalone
+from distill.fields import check_fields, check_numbers
 from distill.model.run import Runnable
 from distill.model.sites import KINDS, Tap, layer_of, node_name
 
@@ -240,7 +241,9 @@ class Circuit:
                     if f"{what}/{location}" not in tensors:
                         raise ArtifactError(f"{path}: holds no {what} of {location}, so it is no whole circuit")
                     group[location] = tensors[f"{what}/{location}"]
+            _check_head(path, head)
             nodes, edges = _read_nodes(path, groups), _read_edges(tensors) if head.get("edges") else None
+            check_means(path, groups["mean"], groups["magnitude"])
             return cls(
                 nodes=nodes,
                 kept_edges=edges,
@@ -302,6 +305,24 @@ def names_of(nodes: Nodes) -> list[str]:
     return [node_name(location, int(c)) for location, mask in nodes.items() for c in mask.nonzero()[:, 0]]
 
 
+def _check_head(path: str | Path, head: Mapping[str, Any]) -> None:
+    """What a file says beside its tensors, each of its kind."""
+    texts = dict.fromkeys(("model", "model_name", "task"), str)
+    objects = dict.fromkeys(("losses", "calibration", "provenance", "means"), dict)
+    check_fields(path, head, {**texts, **objects, "target": float, "locations": list})
+    check_fields(path, head["calibration"], {"scale": float, "shift": float})
+    check_fields(path, head["means"], {"data": str, "tokens": int, "protect_first": bool})
+    check_numbers(path, "losses", head["losses"])
+    if head["means"].get("kind", "mean") not in ABLATIONS:
+        raise ArtifactError(f"{path}: means.kind is {head['means']['kind']!r}, allowed are {', '.join(ABLATIONS)}")
+    for location in head["locations"]:
+        layer, _, kind = location.partition(".") if isinstance(location, str) else ("", "", "")
+        if kind not in KINDS or not layer.isdecimal():
+            raise ArtifactError(f"{path}: locations holds {location!r}; allowed are locations of nodes")
+    if len(set(head["locations"])) < len(head["locations"]):
+        raise ArtifactError(f"{path}: locations holds one twice")
+
+
 def _read_nodes(path: str | Path, groups: Mapping[str, Nodes]) -> Nodes:
     """The nodes of a file, whose tensors have to fit each other."""
     for location, mask in groups["nodes"].items():
@@ -311,7 +332,7 @@ def _read_nodes(path: str | Path, groups: Mapping[str, Nodes]) -> Nodes:
                 f"{path}: nodes of {location} are {mask.dtype} of shape {shape}; allowed is one bool each"
             )
         for what in ("scores", "mean", "magnitude"):
-            if groups[what][location].shape[-1:] != mask.shape:
+            if groups[what][location].shape[-1:] != mask.shape or not groups[what][location].is_floating_point():
                 found = tuple(groups[what][location].shape)
                 raise ArtifactError(f"{path}: {what} of {location} has shape {found} for {len(mask)} nodes")
     return groups["nodes"]

@@ -7,12 +7,11 @@ In all but the last, which knows whole components only (`distill.circuits.mib`),
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.artifact import FORMAT_VERSION, write_json
+from distill.artifact import FORMAT_VERSION, write_json, write_text
 from distill.circuits.circuit import Circuit, edge_list
 from distill.circuits.mib import write_mib
 from distill.model.run import Runnable
@@ -101,12 +100,5 @@ def export(circuit: Circuit, model: Runnable, path: str | Path) -> Path:
 
 def _write(path: str | Path, text: str) -> Path:
     """Writes a text file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    write_text(path, text)
+    return Path(path)

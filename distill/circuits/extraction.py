@@ -59,6 +59,12 @@ class Head:
     edges: int
 
 
+HEAD_FIELDS = {"model": str, "vocab_size": int, "d_model": int, "length": int, "activation": str, "eps": dict,
+           "center": bool, "sublayers": list, "limits": dict, "scale": dict, "widths": dict, "protect_first": bool,
+           "nodes": int, "edges": int}  # fmt: skip
+"""What each field of a head is in a file."""
+
+
 def extract(
     model: Runnable,
     nodes: Mapping[str, Bool[Tensor, "width"]],

@@ -139,7 +139,7 @@ class PruneConfig:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "numbers in [0, 1)")
         for name in ("steps", "pairs", "train_pairs", "val_pairs", "verify_pairs", "faithful_pairs", "rows"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
-        for name in ("clean_up", "edge_clean_up", "screen"):
+        for name in ("clean_up", "edge_clean_up", "screen", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 and more")
         require(self.screen > 0 or self.estimator != "attribution", "screen", self.screen, "1 and more for attribution")
         for name in ("start_room", "candidates"):

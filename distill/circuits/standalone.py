@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from distill.artifact import ArtifactError, load_tensors, save_tensors
 from distill.circuits.ablation import FreezeNorms, Means
 from distill.circuits.edges import EdgeSet
-from distill.circuits.extraction import Head, extract, place_edges
+from distill.circuits.extraction import HEAD_FIELDS, Head, extract, place_edges
 from distill.circuits.tasks import TaskBatch
+from distill.fields import check_fields, check_numbers
 from distill.model import operations as ops
 from distill.model.anatomy import FED_BY, activation
 from distill.model.run import Runnable
@@ -79,6 +80,9 @@ class _Stream:
             total=pick(self.total),
             frozen={name: pick(scale) for name, scale in self.frozen.items()},
         )
+
+
+_WRONG = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)  # what misfits come to
 
 
 class Standalone(nn.Module):
@@ -435,9 +439,21 @@ class Standalone(nn.Module):
         """Reads what `save` wrote. ArtifactError for any other file."""
         tensors, head = load_tensors(Path(path), kind=KIND)
         try:
-            return cls(Head(**{name: value for name, value in head.items() if name in Head.__annotations__}), tensors)
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"{path}: is no whole circuit, {error}") from error
+            check_fields(path, head, HEAD_FIELDS)
+            for name in ("eps", "limits", "scale", "widths"):
+                check_numbers(path, name, head[name])
+            module = cls(Head(**{name: head[name] for name in HEAD_FIELDS}), tensors)
+            module._try()
+        except _WRONG as error:
+            raise ArtifactError(f"{path}: is no whole circuit, {type(error).__name__}: {error}") from error
+        return module
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Runs on two tokens; whatever does not fit in what was read comes to light there."""
+        rows = self._find("first/row")
+        first = 0 if rows is None or not self.head.protect_first else int((rows >= 0).nonzero()[0, 0])
+        self(torch.full((1, min(2, self.head.length)), first))
 
 
 def _rows(table: Float[Tensor, "rows n"], at: Int[Tensor, "*at"]) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import MANIFEST, Provenance, default_out, fingerprint, fresh_folder, read_manifest
+from distill.artifact import Provenance, default_out, fingerprint, fresh_folder, read_manifest
 from distill.circuits.ablation import Means, node_means, windows_fingerprint
 from distill.command import pick_device
 from distill.data.prepare import prepare
@@ -72,8 +72,6 @@ def load_subject(
     check_tokenizer(tokenizer, model)
     folder = model_folder(path_or_name)
     label = name or Path(path_or_name).resolve().name
-    if folder is not None and (folder / MANIFEST).is_file():
-        read_manifest(folder, "model")
     beside = None if folder is None else load_sample(folder)
     if beside is not None:
         sample = beside

@@ -124,6 +124,8 @@ def _check_pair(record: Mapping[str, Any], where: str) -> None:
     for field in PAIR_FIELDS:
         if not isinstance(record.get(field), str) or not record[field]:
             raise ValueError(f"{where}: field {field!r} must be a text that is not empty, got {record.get(field)!r}")
+        if any("\ud800" <= character <= "\udfff" for character in record[field]):
+            raise ValueError(f"{where}: field {field!r} holds half of a surrogate pair, which is no character")
     for field, twin in (("corrupt", "clean"), ("other", "answer")):
         if record[field] == record[twin]:
             raise ValueError(f"{where}: field {field!r} equals {twin!r}: {record[field]!r}; they must differ")
@@ -142,7 +144,9 @@ def _deal(records: Sequence[tuple[dict[str, str], int]]) -> list[tuple[dict[str,
 def _object(raw: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{where}: not JSON that can be read: nested too deep") from error
+    except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")

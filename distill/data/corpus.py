@@ -1,9 +1,11 @@
 """Text to train on: read from named sources, cleaned of duplicates, split into train and held-out by file.
 
-A source is a short string: `stdlib`, `package:NAME`, `idioms:MEGABYTES`, a folder path (or `folder:PATH`), or
-`hf:NAME[:CONFIG][@SPLIT][#COLUMN]`. Each yields documents with a name that does not depend on where on the disk they
-lie; the split and the order of the documents follow from a hash of that name with the seed, so that adding a source
-or a file moves no other document to the other side (unless that side would be empty).
+A source is a short string: `stdlib`, `package:NAME`, `idioms:MEGABYTES`, a folder path (or `folder:PATH`),
+`lines:FILE`, or `hf:NAME[:CONFIG][@SPLIT][#COLUMN]`. Each yields documents with a name that does not depend on where on
+the disk they lie; the split and the order of the documents follow from a hash of that name with the seed, so that
+adding a source or a file moves no other document to the other side (unless that side would be empty). Each line of
+`lines:FILE` is a document that is never run together with another: sequences of one length, for models that take such
+inputs only.
 """
 
 import hashlib
@@ -23,11 +25,14 @@ from tqdm import tqdm
 from distill.artifact import fingerprint
 from distill.data import idioms
 
-ALLOWED_SOURCES = "stdlib, package:NAME, idioms:MEGABYTES, a folder, folder:PATH, hf:NAME[:CONFIG][@SPLIT][#COLUMN]"
+ALLOWED_SOURCES = (
+    "stdlib, package:NAME, idioms:MEGABYTES, a folder, folder:PATH, lines:FILE, hf:NAME[:CONFIG][@SPLIT][#COLUMN]"
+)
 TEXT_PATTERNS = ("*.py", "*.txt", "*.md")
 TEXT_COLUMNS = ("text", "content")
 UNKNOWN_LICENCE = "unknown"
 _STDLIB_LICENCE = "PSF-2.0"
+_LINES = "lines:"
 
 _TEST_FOLDERS = frozenset({"test", "tests", "__pycache__", "site-packages", "dist-packages"})
 _TEST_FILES = ("test_*.py", "*_test.py", "conftest.py")
@@ -60,6 +65,8 @@ class Corpus:
     """Expected share of the documents held out."""
     seed: int
     """Seed of the split, of the order and of generated text."""
+    separate: bool = False
+    """Whether each document is a sequence of its own, as in `lines:FILE`, not to be run together with others."""
     sources: list[dict[str, Any]] = field(default_factory=list)
     """One record per source: source, licence, files, bytes, duplicates and undecodable (both left out)."""
 
@@ -109,8 +116,8 @@ def read_corpus(
 
     Arguments:
         sources: one or more sources, see the module's docstring. `stdlib` and `package:` take `.py` files without
-            tests, a folder takes `.py`, `.txt` and `.md` below it (hidden folders left out). Files that are not
-            UTF-8 are counted and left out; line ends are made `\\n`.
+            tests, a folder takes `.py`, `.txt` and `.md` below it (hidden folders left out), `lines:` takes the
+            lines of a file. Files that are not UTF-8 are counted and left out; line ends are made `\\n`.
         heldout_fraction: share of the documents to hold out, at least 0 and less than 1. Above 0, at least one
             document is held out.
         seed: of the split, the order and the generated text; 0 or above.
@@ -118,8 +125,8 @@ def read_corpus(
             None keeps all. A dataset is then streamed, and no more of it is read than this.
 
     Returns the corpus.
-    Raises ValueError for an unknown source, package, folder or column, a setting out of range, no text at all, and
-    a single document that would have to be split.
+    Raises ValueError for an unknown source, package, folder, file or column, lines beside other sources, a setting out
+    of range, no text at all, and a single document that would have to be split.
     """
     if isinstance(sources, str) or not sources:
         raise ValueError(f"sources: got {sources!r}, needed is a list of one or more of: {ALLOWED_SOURCES}")
@@ -129,6 +136,9 @@ def read_corpus(
         raise ValueError(f"seed: got {seed}, allowed are 0 and above")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes: got {max_bytes}, allowed are 1 and above")
+    separate = [source.startswith(_LINES) for source in sources]
+    if any(separate) and not all(separate):
+        raise ValueError(f"sources: got {', '.join(sources)}; allowed beside lines: is lines: alone")
     readings = [_reading(source, seed, max_bytes) for source in dict.fromkeys(sources)]
     documents, counts = _collect(readings)
     if not documents:
@@ -141,6 +151,7 @@ def read_corpus(
         heldout=[document for document, out in zip(documents, held, strict=True) if out],
         heldout_fraction=heldout_fraction,
         seed=seed,
+        separate=all(separate),
         sources=[_source_record(reading, documents, counts[reading.source]) for reading in readings],
     )
 
@@ -225,6 +236,8 @@ def _reading(source: str, seed: int, max_bytes: int | None) -> _Reading:
         return _Reading(source, "MIT", _idioms(source, rest, seed))
     if colon and kind == "hf":
         return _Reading(source, UNKNOWN_LICENCE, _hugging_face(source, max_bytes))
+    if source.startswith(_LINES):
+        return _Reading(source, UNKNOWN_LICENCE, _lines(source, Path(rest)))
     folder = Path(rest if colon and kind == "folder" else source)
     if not folder.is_dir():
         problem = "no such folder" if kind == "folder" or os.sep in source else "unknown source"
@@ -233,7 +246,12 @@ def _reading(source: str, seed: int, max_bytes: int | None) -> _Reading:
 
 
 def reading(source: str, seed: int) -> Iterator[tuple[str, str | None]]:
-    """Names and texts of a source as `read_corpus` takes it, None for a text that is not UTF-8; same errors."""
+    """Names and texts of a source as `read_corpus` takes it, None for a text that is not UTF-8; same errors.
+
+    ValueError for `lines:FILE` too, whose documents are not to be run together.
+    """
+    if source.startswith(_LINES):
+        raise ValueError(f"source {source!r}: lines are not streamed; allowed is to pack them, without --stream")
     return _reading(source, seed, None).documents
 
 
@@ -289,6 +307,16 @@ def _folder(root: Path) -> Iterator[tuple[str, str | None]]:
     name = root.resolve().name
     for path in _files(root, TEXT_PATTERNS, frozenset({"__pycache__"}), ()):
         yield f"{name}/{path.relative_to(root).as_posix()}", _text(path)
+
+
+def _lines(source: str, path: Path) -> Iterator[tuple[str, str | None]]:
+    """The lines of a file, named after their text: equal lines, in whatever order, fall on the same side."""
+    if not path.is_file():
+        raise ValueError(f"source {source!r}: no such file; allowed is a text file with a sequence on each line")
+    text = _text(path)
+    if text is None:
+        raise ValueError(f"source {source!r}: is not UTF-8; allowed is a text file with a sequence on each line")
+    return ((f"{path.name}/{line}", line) for line in text.split("\n") if line)
 
 
 def _files(root: Path, patterns: Sequence[str], folders: frozenset[str], names: Sequence[str]) -> Iterator[Path]:

@@ -33,6 +33,6 @@ def load_sample(folder: Path) -> Int[Tensor, "n T1"] | None:
     ids, metadata = load_ids(path)
     record = metadata.get("record")
     length = record.get("length") if isinstance(record, dict) else None
-    if not isinstance(length, int) or length < 2 or len(ids) % length:
+    if type(length) is not int or length < 2 or len(ids) % length or not len(ids):
         raise ArtifactError(f"{path}: {len(ids)} ids are no whole number of windows of {length} tokens")
     return torch.from_numpy(np.asarray(ids, np.int64).reshape(-1, length))

@@ -32,6 +32,7 @@ from distill.data.tokens import (
     train_tokenizer,
     vocabulary_size,
 )
+from distill.model.inspection import open_tokenizer
 
 SHARDS = 8
 """Logical shards, as far as the batch can be divided by them: the most processes that can share a stream."""
@@ -343,7 +344,7 @@ class Stream:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that makes the ids."""
-        return PreTrainedTokenizerFast.from_pretrained(self.folder / "tokenizer")
+        return open_tokenizer(self.folder / "tokenizer")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Stream":
@@ -352,7 +353,7 @@ class Stream:
         manifest = read_manifest(folder, "tokens")
         try:
             extra = dict(manifest["provenance"]["extra"])
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+            tokenizer = open_tokenizer(folder / "tokenizer")
             dtype = ids_type(extra["vocab_size"])
             return cls(
                 sources=tuple(extra["sources"]),

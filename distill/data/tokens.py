@@ -2,8 +2,10 @@
 
 `train_tokenizer` -> `pack` -> `TokenData` -> `Sampler` (training) and `windows` (evaluation). On disk a document is
 its tokens and then one end-of-text token; all documents of one side lie in one file of 16-bit ids (32-bit for
-vocabularies above 65,536), which is mapped, not read. Batches are a function of seed and step alone, so that a
-resumed run needs no state to go on with the windows that an uninterrupted one would see.
+vocabularies above 65,536), which is mapped, not read. A corpus of separate sequences, all of one length, has no
+end-of-text tokens; its ids have two axes, a row for each sequence, and every window is a whole row. Batches are a
+function of seed and step alone, so that a resumed run needs no state to go on with the windows that an uninterrupted
+one would see.
 """
 
 import sys
@@ -31,6 +33,7 @@ from distill.artifact import (
     save_tensors,
 )
 from distill.data.corpus import Corpus, Document
+from distill.model.inspection import open_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # Letters may take one character before them (`.add`, `=None`), digits go by threes, line ends stay with punctuation.
@@ -101,7 +104,8 @@ class TokenData:
     """Token ids of a corpus, train and held-out."""
 
     train: np.ndarray
-    """Ids to train on, one axis, unsigned; mapped from disk where they came from a folder."""
+    """Ids to train on, unsigned, one axis, or (n, T + 1) for separate sequences; mapped from disk where they came from
+    a folder."""
     heldout: np.ndarray
     """Ids held out, alike; empty when nothing was."""
     vocab_size: int
@@ -125,12 +129,22 @@ class TokenData:
             extra = manifest["provenance"]["extra"]
             vocab_size, record, own = extra["vocab_size"], extra["corpus"], extra["fingerprint"]
             dtype = np.dtype(extra["dtype"])
+            length = extra.get("length")
             files = [manifest["files"][f"{side}.bin"]["bytes"] for side in SIDES]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, SyntaxError) as error:
             raise ArtifactError(f"{folder}: its manifest does not describe token ids: {error}") from None
         if dtype not in (np.uint16, np.uint32) or any(size % dtype.itemsize for size in files):
             raise ArtifactError(f"{folder}: dtype {dtype} does not fit files of {files} bytes")
+        if type(vocab_size) is not int or not isinstance(record, dict) or not isinstance(own, str):
+            raise ArtifactError(f"{folder}: its manifest does not describe token ids")
         train, heldout = (mapped(folder / f"{side}.bin", dtype) for side in SIDES)
+        for side, ids in zip(SIDES, (train, heldout), strict=True):
+            if ids.size and int(ids.max()) >= vocab_size:
+                raise ArtifactError(f"{folder / side}.bin: holds id {ids.max()}, allowed are 0 to {vocab_size - 1}")
+        if length is not None:
+            if type(length) is not int or length < 2 or len(train) % length or len(heldout) % length:
+                raise ArtifactError(f"{folder}: its ids are no sequences of {length!r} tokens")
+            train, heldout = train.reshape(-1, length), heldout.reshape(-1, length)
         return cls(train=train, heldout=heldout, vocab_size=vocab_size, fingerprint=own, record=record, folder=folder)
 
     @classmethod
@@ -139,12 +153,13 @@ class TokenData:
     ) -> "TokenData":
         """Ids that lie in memory, for tests and for text that needs no tokenizer.
 
-        Raises ValueError for ids that are not whole numbers on one axis from 0 to below vocab_size.
+        Raises ValueError for ids that are not whole numbers from 0 to below vocab_size, on one axis, or on two for
+        separate sequences.
         """
         dtype = ids_type(vocab_size)
         sides: dict[str, np.ndarray] = dict(zip(SIDES, (np.asarray(train), np.asarray(heldout)), strict=True))
         for side, ids in sides.items():
-            _check_ids(ids, vocab_size, side)
+            _check_ids(ids, vocab_size, side, rows=True)
             sides[side] = ids.astype(dtype)
         own = _fingerprint(sides, vocab_size)
         return cls(train=sides["train"], heldout=sides["heldout"], vocab_size=vocab_size, fingerprint=own, record={})
@@ -157,7 +172,7 @@ class TokenData:
         """The tokenizer that made the ids. Raises ValueError for ids in memory, which have none."""
         if self.folder is None:
             raise ValueError("tokenizer: these ids were made in memory, allowed are ids loaded from a folder")
-        return PreTrainedTokenizerFast.from_pretrained(self.folder / "tokenizer")
+        return open_tokenizer(self.folder / "tokenizer")
 
 
 def pack(
@@ -171,17 +186,19 @@ def pack(
     """Encode a corpus into a folder: `train.bin`, `heldout.bin`, `tokenizer/` and the manifest.
 
     Arguments:
-        tokenizer: any fast Hugging Face tokenizer with an end-of-text token. Text that spells a special token is
-            encoded as plain text, so that only the ends of documents are ends of text.
+        tokenizer: any fast Hugging Face tokenizer with an end-of-text token, or without one for separate sequences.
+            Text that spells a special token is encoded as plain text, so that only the ends of documents are ends of
+            text.
         out: the folder to make. replace: whether an earlier one there is replaced.
         command: what to record as the command that made it.
 
     Returns the ids, loaded from the folder.
-    Raises ValueError for a tokenizer without an end-of-text token or with more ids than 32 bits hold, ArtifactError
-    for a folder that exists.
+    Raises ValueError for a tokenizer without an end-of-text token or with more ids than 32 bits hold, separate
+    sequences of different lengths, ArtifactError for a folder that exists.
     """
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
+    eos = tokenizer.eos_token_id
+    end = eos if isinstance(eos, int) and not corpus.separate else None
+    if end is None and not corpus.separate:
         raise ValueError("tokenizer: has no end-of-text token (eos_token), which must stand between documents")
     vocab_size = vocabulary_size(tokenizer)
     dtype = ids_type(vocab_size)
@@ -198,10 +215,14 @@ def pack(
     )
     encoder = encoder_of(tokenizer)
     with fresh_folder(out, provenance, replace=replace) as folder:
+        lengths: dict[int, str] = {}
         for side, documents in zip(SIDES, (corpus.train, corpus.heldout), strict=True):
             with open(folder / f"{side}.bin", "wb") as file:
-                for ids in _encoded(encoder, documents, end, dtype, side):
+                for document, ids in zip(documents, _encoded(encoder, documents, end, dtype, side), strict=True):
                     ids.tofile(file)
+                    lengths.setdefault(len(ids), document.name)
+        if corpus.separate:
+            extra["length"] = _one_length(lengths)
         tokenizer.save_pretrained(folder / "tokenizer")
         sides: dict[str, np.ndarray] = {side: mapped(folder / f"{side}.bin", dtype) for side in SIDES}
         extra["tokens"] = {side: len(ids) for side, ids in sides.items()}
@@ -221,15 +242,27 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def _encoded(
-    encoder: Tokenizer, documents: Sequence[Document], end: int, dtype: np.dtype, side: str
+    encoder: Tokenizer, documents: Sequence[Document], end: int | None, dtype: np.dtype, side: str
 ) -> Iterator[np.ndarray]:
-    """Ids of a batch of documents at a time, each document followed by its end."""
+    """Ids of one document after the other, each followed by its end, where there is such; encoded in batches."""
+    ends = [] if end is None else [end]
     characters = sum(len(document.text) for document in documents)
     with tqdm(total=characters, desc=f"encode {side}", unit="ch", unit_scale=True, delay=2, disable=None) as bar:
         for batch in _batches(documents):
             for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-                yield np.array([*encoding.ids, end], dtype)
+                yield np.array([*encoding.ids, *ends], dtype)
             bar.update(sum(map(len, batch)))
+
+
+def _one_length(lengths: Mapping[int, str]) -> int:
+    """The length that all sequences have; ValueError naming two that differ, by length, where they do not."""
+    if len(lengths) > 1:
+        (one, first), (two, second) = list(lengths.items())[:2]
+        raise ValueError(f"sequences: {first} has {one} tokens, {second} has {two}; allowed is one length for all")
+    ((length, name),) = lengths.items()
+    if length < 2:
+        raise ValueError(f"sequences: {name} has {length} tokens; allowed are 2 and more")
+    return length
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[str]]:
@@ -264,9 +297,11 @@ def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"{what}: got {ids.dtype} of shape {ids.shape}, allowed are whole numbers on one axis")
+def _check_ids(ids: np.ndarray, vocab_size: int, what: str, *, rows: bool = False) -> None:
+    shaped = ids.ndim == 1 or (rows and ids.ndim == 2 and ids.shape[1] > 1)
+    if not shaped or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        allowed = "on one axis, or rows of two and more" if rows else "on one axis"
+        raise ValueError(f"{what}: got {ids.dtype} of shape {ids.shape}, allowed are whole numbers {allowed}")
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
             f"{what}: ids from {ids.min()} to {ids.max()}, allowed are 0 to {vocab_size - 1} (vocab_size - 1)"
@@ -331,25 +366,32 @@ class Sampler:
     """Shuffled windows of T inputs and their targets, the batch of a step a function of seed and step alone.
 
     The ids are cut into windows of T + 1 tokens that share one token with the next, so that every token is a target
-    once. An epoch is a random order of all windows, no window twice; where the first one starts is drawn anew for
-    each epoch (at most T - 1 tokens of either end stay unseen in it), so that borders between windows move.
+    once; separate sequences are the windows as they are. An epoch is a random order of all windows, no window twice;
+    where the first one starts is drawn anew for each epoch (at most T - 1 tokens of either end stay unseen in it), so
+    that borders between windows move.
     """
 
     def __init__(self, ids: np.ndarray, *, batch: int, context: int, seed: int) -> None:
         """
         Arguments:
-            ids: one axis of token ids, such as `TokenData.train`.
+            ids: token ids, such as `TokenData.train`.
             batch: windows per step (B). context: input tokens per window (T). seed: 0 or above.
 
-        Raises ValueError for settings out of range and for fewer than context + 1 tokens.
+        Raises ValueError for settings out of range, for fewer than context + 1 tokens, and for separate sequences that
+        have another length than context + 1.
         """
         for name, value, least in (("batch", batch, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name}: got {value}, allowed are {least} and above")
         _check_enough(ids, context)
         self.ids, self.batch_size, self.context, self.seed = ids, batch, context, seed
-        self.epoch_windows = max(1, (len(ids) - context) // context)
-        self._starts = min(context, len(ids) - self.epoch_windows * context)
+        self.separate = ids.ndim == 2
+        if self.separate and ids.shape[1] != context + 1:
+            raise ValueError(
+                f"context: got {context}, but the sequences have {ids.shape[1]} tokens; allowed is {ids.shape[1] - 1}"
+            )
+        self.epoch_windows = len(ids) if self.separate else max(1, (len(ids) - context) // context)
+        self._starts = 1 if self.separate else min(context, len(ids) - self.epoch_windows * context)
 
     def rows(self, step: int, part: int, parts: int) -> Int[Tensor, "rows T1"]:
         """As `Batches`; the whole batch is `batch`."""
@@ -375,8 +417,8 @@ class Sampler:
         for row in range(self.batch_size):
             epoch, place = divmod(first + row, self.epoch_windows)
             order, start = _epoch(self.seed, epoch, self.epoch_windows, self._starts)
-            begin = start + int(order[place]) * self.context
-            rows[row] = self.ids[begin : begin + self.context + 1]
+            begin = start + int(order[place]) * (1 if self.separate else self.context)
+            rows[row] = self.ids[begin] if self.separate else self.ids[begin : begin + self.context + 1]
         return torch.from_numpy(rows)
 
 
@@ -396,19 +438,28 @@ def batch_at(ids: np.ndarray, step: int, *, batch: int, context: int, seed: int)
     return Sampler(ids, batch=batch, context=context, seed=seed).batch(step)
 
 
-def windows(ids: np.ndarray, context: int, limit: int | None = None) -> Int[Tensor, "n {context}+1"]:
+def windows(ids: np.ndarray, context: int, limit: int | None = None) -> Int[Tensor, "n T1"]:
     """Consecutive windows from the start, the same at every call: every token but the first is a target once.
 
     Arguments:
-        context: input tokens per window (T).
+        context: input tokens per window (T). Separate sequences may be shorter, and are taken as they are.
         limit: at most this many windows, the first ones (held-out documents lie in random order); None for all.
 
-    Returns int64 ids; each window's last token is the next one's first. Tokens that fill no window are left out.
-    Raises ValueError for fewer than context + 1 tokens and for a limit below 1.
+    Returns int64 ids; each window's last token is the next one's first, unless they are separate sequences. Tokens that
+    fill no window are left out.
+    Raises ValueError for fewer than context + 1 tokens, longer sequences, and a limit below 1.
     """
-    _check_enough(ids, context)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, allowed are 1 and above")
+    if ids.ndim == 2:
+        _check_enough(ids, ids.shape[1] - 1)
+        if ids.shape[1] > context + 1:
+            raise ValueError(
+                f"context: got {context}, but the sequences have {ids.shape[1]} tokens; allowed are "
+                f"{ids.shape[1] - 1} and more"
+            )
+        return torch.from_numpy(np.array(ids[:limit], np.int64))
+    _check_enough(ids, context)
     number = (len(ids) - 1) // context
     number = number if limit is None else min(number, limit)
     whole = np.array(ids[: number * context + 1], np.int64)
@@ -418,5 +469,5 @@ def windows(ids: np.ndarray, context: int, limit: int | None = None) -> Int[Tens
 def _check_enough(ids: np.ndarray, context: int) -> None:
     if context < 1:
         raise ValueError(f"context: got {context}, allowed are 1 and above")
-    if len(ids) < context + 1:
-        raise ValueError(f"context: got {context}, which needs {context + 1} tokens, but there are {len(ids)} tokens")
+    if ids.size < context + 1:
+        raise ValueError(f"context: got {context}, which needs {context + 1} tokens, but there are {ids.size} tokens")

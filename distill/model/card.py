@@ -4,7 +4,6 @@ Nothing in a card is typed by hand: what the model is, how it was trained and on
 `config.json` and `manifest.json` in its folder. What these do not say is left out.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi, ModelCardData
 
 from distill.artifact import MANIFEST, read_manifest
 from distill.model.architecture import SparseTransformerConfig
+from distill.model.inspection import read_config
 from distill.model.load import model_folder
 
 CARD = "README.md"
@@ -57,7 +57,7 @@ def model_card(path_or_name: str | Path, *, license: str | None = None, repo: st
     Raises ValueError for no model folder, ArtifactError (one too) for a manifest that is damaged or of another version.
     """
     folder = _folder(path_or_name)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     record = read_manifest(folder, "model", verify=False) if (folder / MANIFEST).is_file() else {}
     known = record.get("provenance", {})
     ours = config.get("model_type") == SparseTransformerConfig.model_type

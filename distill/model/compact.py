@@ -24,6 +24,9 @@ DENSE_ABOVE = 0.4
 MAX_BYTES = 16 * 2**30
 """Largest total size of the tensors that `load_compact` unpacks unless told otherwise."""
 
+MOST_UNPACKED, FREE_BYTES = 2**16, 2**26
+"""How many times its size a file may unfold to, as the widest gap allows, and what it may besides (zeros)."""
+
 _TYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 _GAP_TYPES = (np.uint8, np.uint16)
 
@@ -76,6 +79,8 @@ def load_compact(path: str | Path, *, max_bytes: int = MAX_BYTES) -> dict[str, T
         _check_entry(path, name, entry, stored)
         needed |= {f"{name}.gaps", f"{name}.values"} if entry["storage"] == "sparse" else {name}
         total += _declared_bytes(entry, stored.get(name))
+        if total > path.stat().st_size * MOST_UNPACKED + FREE_BYTES:
+            raise ArtifactError(f"{path}: declares {total} bytes of tensors, more than {MOST_UNPACKED} times its size")
         if total > max_bytes:
             raise ArtifactError(f"{path}: declares more than {max_bytes} bytes of tensors (max_bytes)")
     if needed != set(stored):

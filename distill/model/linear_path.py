@@ -85,7 +85,7 @@ class LinearPath:
                 machine=str(content["machine"]),
                 threads=int(content["threads"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"{path}: is no linear path ({error})") from None
 
 
@@ -112,7 +112,9 @@ def use(path: LinearPath) -> Iterator[None]:
 
 
 def fixed(choice: str) -> LinearPath:
-    """The path that a user names: sparse, dense, or a file. ArtifactError for a file that is none."""
+    """The path that a user names: sparse, dense, auto (the general rule), or a file. ArtifactError for a bad file."""
+    if choice == "auto":
+        return GENERAL
     return FIXED[choice] if choice in FIXED else LinearPath.load(Path(choice))
 
 

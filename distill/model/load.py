@@ -1,6 +1,5 @@
 """Models and tokenizers by path or by name."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from distill.artifact import ArtifactError
 from distill.model.dense import DenseModel
+from distill.model.inspection import DAMAGE, check_folder, first_line, open_tokenizer, read_config
 from distill.model.transformer import COMPACT_FILE, SparseTransformer, SparseTransformerConfig
 
 SHIPPED = Path(__file__).parent.parent / "pretrained"
@@ -50,13 +50,19 @@ def load_model(path_or_name: str | Path) -> SparseTransformer | DenseModel:
     """
     folder = model_folder(path_or_name)
     source = str(path_or_name) if folder is None else str(folder)
-    sparse = folder is not None and _model_type(folder) == SparseTransformerConfig.model_type
+    sparse = folder is not None and read_config(folder)["model_type"] == SparseTransformerConfig.model_type
+    if folder is not None:
+        try:
+            check_folder(folder)
+        except ArtifactError as error:
+            raise ArtifactError(f"model: {source} cannot be loaded; {error}") from error
     try:
         if sparse and (Path(source) / COMPACT_FILE).is_file():
             return SparseTransformer.from_pretrained(source).eval()
         with _without_report():
             # What does not fit is told apart below, in one line; by itself it would be drawn at random.
             told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            told |= {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no code
             if sparse:
                 loaded: Any = SparseTransformer.from_pretrained(source, **told)
             else:
@@ -64,10 +70,10 @@ def load_model(path_or_name: str | Path) -> SparseTransformer | DenseModel:
     except OSError as error:
         raise ValueError(
             f"model: {source} cannot be loaded; allowed are a model folder, a hub name that can be reached, or one of "
-            f"{shipped_names()} ({_first_line(error)})"
+            f"{shipped_names()} ({first_line(error)})"
         ) from error
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"model: {source} is damaged or no model that is known ({_first_line(error)})") from error
+    except (SafetensorError, *DAMAGE) as error:
+        raise ValueError(f"model: {source} is damaged or no model that is known ({first_line(error)})") from error
     model, info = loaded
     found = model.eval() if sparse else DenseModel(model.eval())
     _check_whole(source, info, strict=sparse)
@@ -78,27 +84,18 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer beside a model. ValueError where there is none, it is damaged, or it has none of the fast kind."""
     folder = model_folder(path_or_name)
     source = str(path_or_name) if folder is None else folder
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        _check_tokenizer_file(folder / "tokenizer.json")
-    elif folder is not None and not (folder / "vocab.json").is_file():
+    if folder is not None and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"tokenizer: {folder} holds no tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: {source} cannot be loaded ({_first_line(error)})") from error
+    if folder is not None:
+        tokenizer = open_tokenizer(folder, AutoTokenizer)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except DAMAGE as error:
+            raise ValueError(f"tokenizer: {source} cannot be loaded ({first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer: {source} has a {type(tokenizer).__name__}; allowed are fast tokenizers")
     return tokenizer
-
-
-def _check_tokenizer_file(path: Path) -> None:
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The library raises the bare class for whatever is wrong with the file; its subclasses are other people's bugs.
-        if type(error) is not Exception:
-            raise
-        raise ValueError(f"tokenizer: {path} is damaged or no tokenizer ({_first_line(error)})") from error
 
 
 @contextmanager
@@ -132,17 +129,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: SparseTransformer
         raise ValueError(
             f"tokenizer: {size} tokens, but the model's vocabulary has {model.vocab_size}; is it the model's own?"
         )
-
-
-def _model_type(folder: Path) -> str:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"model: {folder / 'config.json'} is no JSON ({_first_line(error)})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"model: {folder / 'config.json'} names no model_type; it is no model folder")
-    return config["model_type"]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

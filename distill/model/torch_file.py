@@ -38,16 +38,24 @@ def load_torch(path: str | Path, *, what: str, max_bytes: int = MAX_BYTES) -> An
     size = path.stat().st_size
     if size > max_bytes:
         raise ArtifactError(f"{path}: {what} of {size} bytes, allowed are {max_bytes}")
-    if not zipfile.is_zipfile(path):
-        raise ArtifactError(f"{path}: is cut or no {what}; allowed are archives by torch.save (torch 1.6 and later)")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ArtifactError(f"{path}: is cut or no {what}; allowed are torch.save's archives (torch 1.6 and later)")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            # torch writes no checksums where it is told so; there is nothing to hold such a file against.
+            checked = any(entry.CRC for entry in entries)
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            damaged = archive.testzip() if checked and not packed else None
+    except ArtifactError:
+        raise
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, LookupError, OSError, RuntimeError) as error:
         raise ArtifactError(f"{path}: is no readable {what}: {error}") from None
     # torch.save packs nothing; what is packed could unfold to any size.
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+    if packed or sum(entry.file_size for entry in entries) > size:
         raise ArtifactError(f"{path}: is a packed archive; allowed are archives as torch.save writes them")
+    if damaged is not None:
+        raise ArtifactError(f"{path}: its entry {damaged!r} is not what was written, the file was changed or damaged")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

@@ -341,10 +341,15 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
                     f"{name}: got {value!r}, but {folder / COMPACT_FILE} is not read by transformers; allowed are "
                     "config and dtype (move the model with .to(device) once it is loaded)"
                 )
-        model = cls(kwargs.get("config") or SparseTransformerConfig.from_pretrained(folder), *args)
+        config = kwargs.get("config") or SparseTransformerConfig.from_pretrained(folder)
         state = load_compact(folder / COMPACT_FILE)
+        if config.n_layer > len(state):
+            raise ValueError(f"{folder / COMPACT_FILE}: {len(state)} tensors, but n_layer is {config.n_layer}")
+        # Without memory, so that a configuration of any size is only compared with what there is.
+        with torch.device("meta"):
+            model = cls(config, *args)
         _check_fits(folder / COMPACT_FILE, state, model.state_dict())
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
         model.tie_weights()
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

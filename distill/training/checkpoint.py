@@ -8,6 +8,7 @@ killed process or a full disk leaves the one before it. Tensors that are spread 
 
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{MANIFEST}"))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Where a run goes on from, whole or not; none where there is none."""
+    return max(folder.glob("checkpoints/step-*"), default=None)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -124,15 +130,13 @@ def load_checkpoint(
     """Put weights, moments and random state back, in place.
 
     Returns the content of `state.json`, `step` and what was saved with it, and the tensors of the candidates. Raises
-    `ArtifactError` for a checkpoint that is damaged or belongs to other modules, before anything is changed.
+    `ArtifactError` for a checkpoint that is damaged (the message names the newest whole one before it) or belongs to
+    other modules, before anything is changed.
     """
-    read_manifest(path, "run")
-    weights, _ = load_tensors(path / WEIGHTS, kind="weights")
-    moments, _ = load_tensors(path / MOMENTS, kind="moments")
-    candidates, _ = load_tensors(path / CANDIDATES, kind="candidates")
-    state = read_json(path / STATE, what="training state")
-    if not isinstance(state, dict) or type(state.get("step")) is not int or "random" not in state:
-        raise ArtifactError(f"{path / STATE}: holds no 'step' and 'random'")
+    try:
+        weights, moments, candidates, state = _read(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {_way_back(path)}") from error
     current = _state_tensors(modules)
     if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in weights.items()}:
         names = sorted(set(current) ^ set(weights)) or [n for n in current if current[n].shape != weights[n].shape]
@@ -147,9 +151,31 @@ def load_checkpoint(
         optimizer.state[by_name[name]][slot] = _like(tensor, by_name[name])
     try:
         restore_random_state(state["random"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise ArtifactError(f"{path / STATE}: 'random' is no random state ({error})") from None
     return state, candidates
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, moments, candidates and state of a checkpoint, each as it was written. `ArtifactError` otherwise."""
+    read_manifest(path, "run")
+    weights, _ = load_tensors(path / WEIGHTS, kind="weights")
+    moments, _ = load_tensors(path / MOMENTS, kind="moments")
+    candidates, _ = load_tensors(path / CANDIDATES, kind="candidates")
+    state = read_json(path / STATE, what="training state")
+    if not isinstance(state, dict) or type(state.get("step")) is not int or "random" not in state:
+        raise ArtifactError(f"{path / STATE}: holds no 'step' and 'random'")
+    return weights, moments, candidates, state
+
+
+def _way_back(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    for before in sorted(path.parent.glob("step-*"), reverse=True):
+        if before.name < path.name:
+            with suppress(ArtifactError):
+                read_manifest(before, "run")
+                return f"{before} before it is whole: delete {path} to go on from there"
+    return "no checkpoint before it is whole"
 
 
 def random_state() -> dict[str, Any]:

@@ -85,15 +85,15 @@ class Estimate:
             f"{self.parameters:,} parameters, {self.projected:,} of them projected, of which {self.nonzeros:,} stay; "
             f"floor {floors}",
             f"{self.tokens:,} tokens",
-            f"memory: {_size(self.state_bytes)} for weights, gradients and moments, "
-            f"about {_size(self.activation_bytes)} for activations",
-            f"disk: {_size(self.checkpoint_bytes)} a checkpoint, about {_size(self.model_bytes)} the model folder",
+            f"memory: {size_of(self.state_bytes)} for weights, gradients and moments, "
+            f"about {size_of(self.activation_bytes)} for activations",
+            f"disk: {size_of(self.checkpoint_bytes)} a checkpoint, about {size_of(self.model_bytes)} the model folder",
         ]
         if self.timing is not None:
             t = self.timing
             busy = f", by processor time, as {t.busy:.1f} processes shared each core" if t.busy > BUSY else ""
             lines.append(
-                f"time: about {_duration(t.seconds)} on {t.device} with {t.threads} threads: {t.dense_step:.3g} s a "
+                f"time: about {duration_of(t.seconds)} on {t.device} with {t.threads} threads: {t.dense_step:.3g} s a "
                 f"dense step, {t.sparse_step:.3g} s a sparse one; measured now at 1 and 2 layers of this width with "
                 f"{t.sequences} of {t.batch} sequences, the rest in proportion{busy}"
             )
@@ -118,9 +118,7 @@ def estimate_run(
     kept = sum(round(config.kept * p.numel()) for p in sparse.values())
     table = architecture.vocab_size**2 if architecture.bigram else 0
     tokens = config.batch * config.context // config.accumulate
-    a = architecture
-    # Reads, queries, keys, values, mixed values and writes of a layer, the two sides of its neurons; logits twice.
-    per_token = a.n_layer * (6 * a.d_model + 4 * a.heads * a.d_head + 2 * a.neurons) + 2 * a.vocab_size
+    per_token = kept_numbers(architecture) + 2 * architecture.vocab_size  # the logits twice
     dense = config.kept == 1
     return Estimate(
         parameters=total,
@@ -134,6 +132,13 @@ def estimate_run(
         model_bytes=4 * total if dense else ENTRY_BYTES * kept + 2 * table,
         timing=measured(architecture, config, device or torch.device("cpu")) if timed else None,
     )
+
+
+def kept_numbers(architecture: Architecture) -> int:
+    """Numbers a token that a pass through all layers keeps for its backward pass, about; without the logits."""
+    a = architecture
+    # Reads, queries, keys, values, mixed values and writes of a layer, and the two sides of its neurons.
+    return a.n_layer * (6 * a.d_model + 4 * a.heads * a.d_head + 2 * a.neurons)
 
 
 def plan(model: SparseTransformer | DenseModel, config: TrainConfig) -> str:
@@ -250,7 +255,8 @@ def _busy() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
-def _size(count: int) -> str:
+def size_of(count: int | float) -> str:
+    """A number of bytes, for people."""
     number = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
@@ -259,7 +265,8 @@ def _size(count: int) -> str:
     return f"{number:,.1f} TiB"
 
 
-def _duration(seconds: float) -> str:
+def duration_of(seconds: float) -> str:
+    """A time, for people."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"

@@ -1,7 +1,6 @@
 """What a training says while it goes on: lines in a file, the same to trackers, and a word for the progress bar."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from distill.artifact import append_line
+from distill.artifact import ArtifactError, append_line, write_text
 from distill.training.settings import TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -57,9 +56,7 @@ class Log:
             if name == METRICS:
                 self.history = lines
             if self.engine.is_main_process:
-                kept = path.with_name(f".{name}.kept")
-                kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
-                os.replace(kept, path)
+                write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, line: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> None:
         """Adds a line, and what there is to say of each tensor."""
@@ -79,8 +76,17 @@ class Log:
 
 def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The whole lines of steps up to `step`; a killed process may have left half a line at the end."""
-    whole = path.read_text().rpartition("\n")[0].splitlines()
-    return [line for line in map(json.loads, whole) if line["step"] <= step]
+    lines = []
+    for number, raw in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), 1):
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise ArtifactError(f"{path}, line {number}: is no line of a run; put it right or take it out to resume")
+        if line["step"] <= step:
+            lines.append(line)
+    return lines
 
 
 def in_short(line: Mapping[str, Any]) -> str:

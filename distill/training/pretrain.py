@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,23 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import MANIFEST, ArtifactError, Provenance, fresh_folder, read_json, remove_folder, write_manifest
+from distill.artifact import (
+    MANIFEST,
+    ArtifactError,
+    Provenance,
+    check_room,
+    fresh_folder,
+    lock,
+    read_head,
+    remove_folder,
+    write_manifest,
+)
 from distill.data.sample import save_sample, spread_windows
 from distill.data.stream import Stream
 from distill.data.tokens import TokenData
+from distill.lock import check_unlocked
 from distill.model import DenseModel, SparseTransformer
-from distill.model.linear_path import fixed
+from distill.model.linear_path import fixed as fixed
 from distill.training.evaluate import continuation, heldout_loss
 from distill.training.log import make_engine
 from distill.training.objective import next_token_loss
@@ -53,10 +65,15 @@ class Pretrained:
 def check_way(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses what `make_way` would refuse a run for, and deletes nothing: to be called before the work begins.
 
-    ValueError for a folder in use that is neither to be gone on with nor to be replaced, and for both together.
+    ValueError for a folder that another process works in, one that is neither to be gone on with nor to be replaced,
+    and for both together.
     """
     if resume and overwrite:
         raise ValueError("resume: given together with overwrite; allowed is one of them")
+    check_room(folder)
+    check_unlocked(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"out: {folder} is a file; allowed are a new folder, --resume or --overwrite")
     if not (resume or overwrite) and folder.exists() and any(folder.iterdir()):
         raise ArtifactError(f"out: {folder} is there already; allowed are a new folder, --resume or --overwrite")
 
@@ -81,9 +98,7 @@ def check_resumed(folder: Path, kind: str, model: Mapping[str, Any], *, field: s
     if not path.is_file():
         return
     # Not `read_manifest`: the files of a run that was interrupted are others than the manifest lists.
-    manifest = read_json(path, what="manifest")
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        raise ArtifactError(f"out: {folder} is no {kind} folder; allowed to resume are those")
+    manifest = read_head(folder, kind)
     try:
         was = dict(manifest["provenance"]["config"][field])
     except (KeyError, TypeError, ValueError):
@@ -141,33 +156,35 @@ def pretrain(
         if resume:
             check_resumed(folder, "run", settings["model"])
         make_way(folder, "run", resume=resume, overwrite=overwrite)
-        start_folder(folder, provenance)
-    engine.wait_for_everyone()
-    began = time.perf_counter()
-    history = train(
-        model,
-        next_token_loss(model),
-        batches,
-        config,
-        folder,
-        sparse=sparse,
-        evaluate=_looks(model, tokenizer, watched),
-        resume=resume,
-        provenance=provenance,
-        linear_path=linear_path,
-        engine=engine,
-    )
-    seconds = time.perf_counter() - began
-    loss = heldout_loss(model, sample)
-    tokens = config.steps * config.batch * config.context
-    report = sparsity_report(sparse) if sparse else {}
-    extra = {"heldout_loss": loss, "tokens": tokens, "seconds": round(seconds, 1), "sparsity": report}
-    extra["corpus"] = dict(data.record)
-    if engine.is_main_process:
-        plot_run(history, folder / PICTURE)
-        save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra), sample)
-        write_manifest(folder, provenance)
-    engine.wait_for_everyone()
+    with lock(folder) if engine.is_main_process else nullcontext():
+        if engine.is_main_process:
+            start_folder(folder, provenance)
+        engine.wait_for_everyone()
+        began = time.perf_counter()
+        history = train(
+            model,
+            next_token_loss(model),
+            batches,
+            config,
+            folder,
+            sparse=sparse,
+            evaluate=_looks(model, tokenizer, watched),
+            resume=resume,
+            provenance=provenance,
+            linear_path=linear_path,
+            engine=engine,
+        )
+        seconds = time.perf_counter() - began
+        loss = heldout_loss(model, sample)
+        tokens = config.steps * config.batch * config.context
+        report = sparsity_report(sparse) if sparse else {}
+        extra = {"heldout_loss": loss, "tokens": tokens, "seconds": round(seconds, 1), "sparsity": report}
+        extra["corpus"] = dict(data.record)
+        if engine.is_main_process:
+            plot_run(history, folder / PICTURE)
+            save_model(model, tokenizer, folder / "model", replace(provenance, kind="model", extra=extra), sample)
+            write_manifest(folder, provenance)
+        engine.wait_for_everyone()
     return Pretrained(folder=folder / "model", heldout_loss=loss, tokens=tokens, seconds=seconds)
 
 

@@ -25,12 +25,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from distill.artifact import Provenance, lock
+from distill.artifact import Provenance, clear_leftovers, lock
 from distill.data.tokens import Batches, Sampler
 from distill.model import linear_path as paths
 from distill.model import operations
 from distill.training.candidates import CandidateTraining
-from distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, whole, whole_tensors
+from distill.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    whole,
+    whole_tensors,
+)
 from distill.training.dead import reseed_
 from distill.training.log import METRICS, Log, in_short, make_engine
 from distill.training.objective import Objective, Terms
@@ -215,14 +222,17 @@ def _due(step: int, every: int) -> bool:
 def _start(run: _Run, resume: bool) -> None:
     """Refuse or restore what the folder holds."""
     metrics = run.folder / METRICS
-    saved = checkpoints(run.folder)
+    if run.main:
+        for place in (run.folder, run.folder / "checkpoints"):
+            clear_leftovers(place)
+    saved = newest_checkpoint(run.folder)
     if not resume:
-        if run.main and (saved or metrics.exists()):
+        if run.main and (saved is not None or metrics.exists()):
             raise ValueError(f"folder: {run.folder} holds a run already, allowed are a new folder, or to resume it")
         return
-    if saved:
-        state, candidates = load_checkpoint(saved[-1], run.modules, run.optimizer)
-        _check_same(run, state, saved[-1])
+    if saved is not None:
+        state, candidates = load_checkpoint(saved, run.modules, run.optimizer)
+        _check_same(run, state, saved)
         run.candidates.restore(candidates)
         run.data.restore(state.get("position", []))
         run.step, run.sums, run.summed = state["step"], dict(state["sums"]), state["summed"]

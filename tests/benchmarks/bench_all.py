@@ -15,6 +15,7 @@ import bridge_cost
 import devices
 import roofline
 import scaling
+import watch_cost
 import whole
 import work
 from measure import Line, machine
@@ -37,9 +38,8 @@ class Options:
 
 def bench_all(options: Options) -> None:
     """Run the sections, print, save."""
-    sections = (
-        work.SECTIONS | whole.SECTIONS | bridge_cost.SECTIONS | devices.SECTIONS | scaling.SECTIONS | roofline.SECTIONS
-    )
+    parts = (work, whole, bridge_cost, watch_cost, devices, scaling, roofline)
+    sections = {name: section for part in parts for name, section in part.SECTIONS.items()}
     chosen = options.only or tuple(sections)
     for name in chosen:
         if name not in sections:

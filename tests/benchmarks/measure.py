@@ -88,16 +88,24 @@ def all_in_turns(
     turns: int = 5,
     warm: int = 1,
     inner: int = 1,
+    settle: int = 0,
     fast_setting: Callable[[], Any] | None = None,
 ) -> list[Line]:
-    """As `in_turns` for several faster ways, each with the name and further fields of its line: one turn times all."""
+    """As `in_turns` for several faster ways, each with the name and further fields of its line: one turn times all.
+
+    `settle` calls of a faster way come before its timing in every turn: the plain way with default allocation hands
+    its memory back, and the first call after it pays for fresh pages, as no step of a training but the first does.
+    """
     setting = fast_setting or (lambda: setting_of("auto", tuned=True))
     seconds: list[list[float]] = []
     for turn in range(-warm, turns):
         with setting_of("plain", tuned=False):
             taken = [seconds_of(reference, inner)]
         with setting():
-            taken += [seconds_of(fast, inner) for fast, _ in ways.values()]
+            for fast, _ in ways.values():
+                for _ in range(settle):
+                    fast()
+                taken.append(seconds_of(fast, inner))
         if turn >= 0:
             seconds.append(taken)
     slow, *quick = zip(*seconds, strict=True)

@@ -117,7 +117,7 @@ def steps(turns: int) -> list[Row]:
             name = f"whole {how}, D={shape[0]}, L={shape[1]}, {shape[2]:.1%}"
             ways[name] = training_step(*shape, candidates=candidates), {"least": least, "stretch": stretch}
         # Candidates are chosen in the second step.
-        rows += all_in_turns(training_step(*shape), ways, turns=turns, warm=2)
+        rows += all_in_turns(training_step(*shape), ways, turns=turns, warm=2, settle=1)
     return rows
 
 

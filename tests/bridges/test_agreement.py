@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,6 @@ import torch
 from torch import Tensor
 
 from bridges.agreement import agreement, token_losses
-from bridges.compare import interval
 from bridges.figures import node_counts, plot_bridge, plot_locations, plot_size_loss
 from distill.model import SparseTransformer
 
@@ -32,14 +30,6 @@ def test_token_losses_are_the_models_loss(twin: SparseTransformer, windows: Tens
     assert torch.equal(choices, logits.argmax(-1))
 
 
-def test_the_interval_holds_the_mean_and_is_repeatable() -> None:
-    logs = [math.log(x) for x in (2.0, 4.0, 8.0)]
-    low, high = interval(logs, seed=0) or (0.0, 0.0)
-    assert 2.0 <= low < 4.0 < high <= 8.0
-    assert interval(logs, seed=0) == (low, high)
-    assert interval(logs[:1], seed=0) is None
-
-
 def test_counts_by_layer_and_location() -> None:
     nodes = {f"{layer}.{kind}": torch.zeros(3, dtype=torch.bool) for layer in range(2) for kind in ("attn.q", "attn.k")}
     nodes["1.attn.k"][:2] = True
@@ -50,7 +40,8 @@ def test_counts_by_layer_and_location() -> None:
 def test_figures_are_drawn(tmp_path: Path) -> None:
     site = {"site": "0.resid_in", "effect": 0.5, "ceiling": 0.9, "controls": [0.1], "class_means": None,
             "unrelated": 0.2}  # fmt: skip
-    tests = [{"test": test, "site": "0.resid_in", "loss": 0.3, "other": {"principal": 0.2}} for test in
+    tests = [{"test": test, "site": "0.resid_in", "loss": 0.3, "loss_full": 0.1, "other": {"principal": 0.2},
+              "controls": [0.5, 0.6], "families": {"channels": [0.4]}} for test in
              ("sufficiency", "necessity")]  # fmt: skip
     plot_bridge({"a": {"interchange": {"sites": [site]}, "bridge": tests}}, tmp_path / "bridge.png")
     rows = [{"target": 0.1, "edges_induced": 9, "reason": ""}, {"target": 0.01, "reason": "out of reach"}]

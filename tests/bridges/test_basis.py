@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridges import Lineup
-from bridges.basis import add_rotated, factors, rotated, rotated_subject
+from bridges import Comparison, Lineup
+from bridges.basis import ROTATED, add_basis, add_rotated, factors, rotated, rotated_subject
 from distill.circuits import Subject, node_means
 from distill.data.tokens import train_tokenizer
 from distill.model import DenseModel, SparseTransformer
@@ -52,3 +52,22 @@ def test_the_bridged_dense_model_is_added_rotated(dense: DenseModel, windows: Te
     assert found[1].means.model == found[1].model.fingerprint() != means.model
     with pytest.raises(ValueError, match="bridge: none"):
         add_rotated(Lineup(subjects=[], bridges=None))
+
+
+def test_sizes_in_the_models_own_basis_over_those_in_its_heads_axes() -> None:
+    def one(edges: int, nodes: int, meets: bool = True) -> dict:
+        return {"edges_induced": edges, "edges_pruned": edges // 2, "nodes": nodes, "meets_target": meets}
+
+    rows = {
+        "a": {"dense_gpt2": one(400, 20), ROTATED: one(100, 10)},
+        "b": {"dense_gpt2": one(100, 10), ROTATED: one(100, 10)},
+        "misses": {"dense_gpt2": one(900, 90), ROTATED: one(1, 1, meets=False)},
+        "none": {"dense_gpt2": one(900, 90), ROTATED: dict.fromkeys(one(1, 1))},
+    }
+    found = add_basis(Comparison(record={"tasks": rows}, circuits={})).record["basis"]
+    assert found["tasks"] == ["a", "b"]
+    assert found["edge_ratio_geomean"] == found["pruned_edge_ratio_geomean"] == pytest.approx(2.0)
+    assert found["node_ratio_geomean"] == pytest.approx(2**0.5)
+    assert (
+        add_basis(Comparison(record={"tasks": {"a": {"dense_gpt2": one(1, 1)}}}, circuits={})).record["basis"] is None
+    )

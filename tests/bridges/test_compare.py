@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from bridges.compare import CompareConfig, common_target, matched, ratios
+from bridges.compare import CompareConfig, common_target
+from bridges.ratios import matched, ratios
 from bridges.report import bridge_lines, summary, table
 from distill import PruneConfig
 

@@ -16,7 +16,7 @@ from bridges.correspondence import (
     units_of,
 )
 from bridges.crossing import unit_share
-from bridges.interchange import Other, interchange, turned
+from bridges.interchange import Interchange, Interchanges, Other, interchange, turned
 from bridges.subspace import live_channels
 from distill.circuits import node_means
 from distill.circuits.tasks import TaskBatch
@@ -217,6 +217,26 @@ def test_an_unrelated_student_is_read_beside(twin: SparseTransformer, batch: Tas
         assert one.unrelated_ceiling == pytest.approx(one.ceiling, abs=1e-5)
     alone = interchange(twin, twin, identity, batch, live, other=Other(model=twin, bridges=identity, live=None))
     assert alone.sites[0].unrelated is None and alone.sites[0].unrelated_ceiling is not None
+
+
+def test_the_best_site_is_read_against_the_best_of_every_control() -> None:
+    def site(name: str, effect: float, controls: tuple[float, ...], unrelated: float | None) -> Interchange:
+        return Interchange(
+            site=name, channels=2, effect=effect, ceiling=1.0, controls=controls, class_means=None, unrelated=unrelated
+        )
+
+    first = site("0.resid_in", 0.2, (0.9, 0.0, 0.1), 0.6)
+    second = site("final_resid", 0.5, (0.1, 0.6, 0.2), 0.4)
+    found = Interchanges(pairs=3, skipped=0, accuracy=1.0, sites=(first, second))
+    best = found.best
+    assert best is not None and found.to_json()["best"] == best
+    assert (best["site"], best["effect"], best["controls"]) == ("final_resid", 0.5, [0.9, 0.6, 0.2])
+    # Two of three controls do as well somewhere, though none of them does everywhere.
+    assert best["p"] == 3 / 4 and second.p == 2 / 4
+    assert best["unrelated"] == 0.6 and best["above_unrelated"] is False and best["class_means"] is None
+    alone = Interchanges(pairs=3, skipped=0, accuracy=1.0, sites=(site("final_resid", 0.5, (), None),)).best
+    assert alone is not None and alone["p"] is None and alone["above_unrelated"] is None
+    assert Interchanges(pairs=0, skipped=1, accuracy=None, sites=()).best is None
 
 
 def test_partners_are_turned() -> None:

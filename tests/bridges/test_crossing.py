@@ -2,12 +2,14 @@
 identity."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bridges import Bridges, CompareConfig, Comparison, Lineup, add_crossings, add_subspaces, known_circuits
 from bridges.compare import _is_wanted, empty_losses
+from bridges.crossing import correspondence
 from bridges.report import bridge_lines, crossing_lines
 from bridges.transport import UNRELATED
 from distill.circuits import Circuit, PruneConfig, Subject, Task, encode, node_means
@@ -82,7 +84,6 @@ def test_a_model_and_its_copy_correspond(lineup: Lineup, task: Task, monkeypatch
     known = [value for value in found["overlap"].values() if value is not None]
     assert known and known == pytest.approx([1.0] * len(known))
     assert 0 < found["caused"] <= 1 and found["caused_random"] == sorted(found["caused_random"])
-    assert 0 < found["p"] <= 1
     crossed = row["interchange"]
     assert crossed["pairs"] == 4 and crossed["skipped"] == 0 and len(crossed["sites"]) == 3
     for one in crossed["sites"]:
@@ -91,6 +92,37 @@ def test_a_model_and_its_copy_correspond(lineup: Lineup, task: Task, monkeypatch
     json.dumps(row, allow_nan=False)
     lines = crossing_lines(comparison.record)
     assert any("interchange" in line for line in lines) and any("heads and neurons" in line for line in lines)
+
+
+def test_planted_parts_cause_all_and_random_ones_their_share(lineup: Lineup, task: Task) -> None:
+    """Two neurons alone write the channels that the student's circuit lives in: they cause all that happens there, and
+    as many neurons at random cause, on average, their number's share."""
+    one = subject("dense_gpt2", 3)
+    planted, channels = [3, 7], [0, 2, 5]
+    write = one.model.matrices()["0.mlp.post_act", "0.mlp.resid_delta"]
+    others = ~torch.isin(torch.arange(write.shape[1]), torch.tensor(planted))
+    for channel in channels:
+        write[channel, others] = 0.0
+    means = node_means(one.model, one.sample[:, :-1])
+    one = Subject(**{**vars(one), "means": means})
+    none = {site: torch.zeros(width, dtype=torch.bool) for site, width in one.model.widths.items()}
+    ours = replace(
+        circuit_of(one, task), nodes=none | {"0.mlp.resid_delta": torch.isin(torch.arange(8), torch.tensor(channels))}
+    )
+    batch = encode(task, one.tokenizer, "test", 4, 0, context=24)
+    active = {site: torch.ones(8, dtype=torch.bool) for site in ("0.resid_in", "0.resid_mid", "final_resid")}
+
+    def caused(neurons: list[int]) -> dict:
+        mask = torch.isin(torch.arange(32), torch.tensor(neurons))
+        theirs = replace(ours, nodes=none | {"0.mlp.post_act": mask})
+        return correspondence(one, Bridges.identity(1, 8), batch, theirs, ours, active, seed=0)
+
+    whole = caused(planted)
+    assert whole["units"] == 2 and whole["caused"] == pytest.approx(1.0) and whole["p"] < 0.02
+    drawn = [caused([i, i + 1])["caused"] for i in range(0, 32, 2)]
+    assert sum(drawn) == pytest.approx(1.0)
+    apart = caused([10, 11])
+    assert apart["caused"] == 0.0 and apart["p"] == 1.0
 
 
 def test_the_unrelated_student_stands_beside_the_subspaces(lineup: Lineup, task: Task) -> None:

@@ -82,7 +82,8 @@ def test_what_was_fitted_is_loaded_by_its_path(
     assert again["sites"]["1.resid_in"]["kl_s2d"] == pytest.approx(made.metrics["sites"]["1.resid_in"]["kl_s2d"])
     assert info.metrics == made.metrics == json.loads((tmp_path / "fit" / "bridges.json").read_text())
     assert info.dense == DenseRecord.of(dense, "tiny")
-    assert info.metrics["bigram_ce"] > 0 and len(info.metrics["mixtures"]) == 4
+    assert info.metrics["bigram_ce"] > 0 and len(info.metrics["mixtures"]) == 16
+    assert set(info.metrics["baselines"]) == {"mean", "least_squares"}
 
 
 def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(dense: DenseModel, data: TokenData, tmp_path: Path) -> None:
@@ -169,6 +170,7 @@ def test_folders_that_are_not_whole_are_refused(
     wide = Bridges(replace(bridges.shape, d_sparse=32, k=8))
     save_bridged(tmp_path, student, wide, DenseRecord.of(dense, "tiny"), {})
     SparseTransformer.build(student.architecture, seed=9).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").unlink()  # which would tell by itself
     with pytest.raises(ArtifactError, match="is not the student"):
         load_bridged(tmp_path)
     (tmp_path / "dense.json").write_text('{"name": "tiny"}')
@@ -197,6 +199,11 @@ def test_a_student_takes_what_its_dense_model_decides(dense: DenseModel, twin: S
     assert not StudentConfig(d_model=64).architecture(dense).bigram
     with pytest.raises(ValueError, match="bigram: True .* allowed: false with vocab_size 50257"):
         StudentConfig(d_model=64, bigram="on").architecture(dense)
+    beside = StudentConfig(d_model=64, position="concat", d_position=8).architecture(dense)
+    assert (beside.position, beside.d_position) == ("concat", 8)
+    assert StudentConfig(d_model=64, position="none").architecture(dense).position == "none"
+    with pytest.raises(ValueError, match="d_position: 0 is not possible"):
+        StudentConfig(d_model=64, position="concat").architecture(dense)
     with pytest.raises(ValueError, match="context: got 13, allowed are 1 to 12"):
         StudentConfig(context=13).architecture(dense)
 
@@ -215,8 +222,25 @@ def test_sinks_are_seen(dense: DenseModel) -> None:
     assert has_sink(dense, tokens)
 
 
-def test_the_papers_preset_has_the_papers_terms() -> None:
+def test_presets_have_the_terms_that_they_are_named_after() -> None:
     assert BridgeConfig(**PRESETS["paper"]).kl == 0 and BridgeConfig(**PRESETS["paper"]).ce == 1
+    alone = BridgeConfig(**PRESETS["kl-only"])
+    assert [name for name in ("ce", "kl", "nmse", "kl_d2s", "kl_s2d") if getattr(alone, name)] == ["kl"]
+
+
+def test_a_run_of_before_a_setting_was_there_is_gone_on_with(
+    dense: DenseModel, student: SparseTransformer, data: TokenData, tmp_path: Path
+) -> None:
+    training = replace(TRAINING, steps=1)
+    fit(dense, student, data, tmp_path, training=training, judged=1)
+    path = tmp_path / "settings.json"
+    known = json.loads(path.read_text())
+    del known["bridge"]["dense_precision"]
+    path.write_text(json.dumps(known))
+    again = {"training": training, "judged": 1, "resume": True}
+    fit(dense, student, data, tmp_path, **again)
+    with pytest.raises(ValueError, match=r"bridge.dense_precision: got 'bfloat16', to resume .* is 'training'"):
+        fit(dense, student, data, tmp_path, config=BridgeConfig(dense_precision="bfloat16"), **again)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -153,10 +153,11 @@ def test_a_dense_model_in_half_precision_stays_close(
         ("k_fraction", 1.5),
         ("kl_top", 0),
         ("seed", -1),
+        ("dense_precision", "float16"),
     ],
 )
-def test_impossible_settings_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{field}: got {value}"):
+def test_impossible_settings_are_refused(field: str, value: float | str) -> None:
+    with pytest.raises(ValueError, match=f"{field}: got {value!r}"):
         BridgeConfig(**{field: value})
 
 

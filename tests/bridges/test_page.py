@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,37 @@ def test_a_bridge_links_its_two_ends(place: Path) -> None:
     for mine, other, _ in link["pairs"]:
         # The identity joins equal channels of equal places.
         assert views[0]["nodes"][mine]["name"] == views[1]["nodes"][other]["name"]
+    again = place / "quotes.student.again.circuit.safetensors"
+    again.write_bytes(student.read_bytes())
+    smaller = dense.with_name("quotes.dense.0.4.circuit.safetensors")
+    four = circuit_page([student, again, dense, smaller], **where, bridge=str(place / "student"), config=CONFIG)
+    again.unlink()
+    # The dense model's two targets are one curve, linked with the student's first circuit; its second is left over.
+    assert [one["model"]["name"] for one in four.payload["circuits"]] == ["dense", "student", "student"]
+    assert {(link["left"], link["right"]) for link in four.payload["links"]} == {(0, 1)}
     with pytest.raises(ValueError, match="bridge: needs a circuit"):
         circuit_page([dense], **where, bridge=str(place / "student"), config=CONFIG)
+
+
+def test_every_task_has_its_own_links(place: Path) -> None:
+    dense, student = circuit_files([place])[1:]
+    files = [dense, student]
+    for file, name in ((dense, "dense"), (student, "student")):
+        circuit = replace(Circuit.load(file), task="second")
+        circuit.save(place / f"second.{name}.circuit.safetensors")
+        files.append(place / f"second.{name}.circuit.safetensors")
+    where = {"models": [str(place / "dense"), str(place / "student")], "task": str(place / "quotes.jsonl")}
+    page = circuit_page(files[::-1], **where, bridge=str(place / "student"), config=CONFIG)
+    for file in files[2:]:
+        file.unlink()
+    assert [(one["task"], one["model"]["name"]) for one in page.payload["circuits"]] == [
+        ("second", "dense"), ("second", "student"), ("quotes", "dense"), ("quotes", "student")
+    ]  # fmt: skip
+    ends = [(link["left"], link["right"]) for link in page.payload["links"]]
+    assert ends == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    # The same nodes have the same links.
+    pairs = [link["pairs"] for link in page.payload["links"]]
+    assert pairs[:2] == pairs[2:] and pairs[0]
 
 
 def test_the_recipe_writes_the_page_beside_the_circuit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,9 @@ def test_all_channels_over_an_identity_bridge_give_the_counterfactual_read(
     assert found.probability[NODE][0] == pytest.approx((float(plain.mean()), float(expected.mean())), abs=1e-6)
     assert all(run[0] == pytest.approx(float(plain.mean())) for run in found.probability[RANDOM])
     assert len(found.probability[RANDOM]) == 2 and len(found.probability[READS]) == 1
+    with torch.no_grad():
+        ceiling = answer_logits(model, batch).softmax(-1)[torch.arange(8), batch.answer].mean()
+    assert found.ceiling == pytest.approx(float(ceiling), abs=1e-6)
 
 
 def test_what_one_channel_is_in_the_other_model(batch: TaskBatch) -> None:

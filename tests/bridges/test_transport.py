@@ -159,6 +159,7 @@ def test_subspaces_are_added_for_tasks_with_a_circuit_that_the_dense_model_can_d
     asked = []
     monkeypatch.setattr(transport, "encode", lambda *a, **k: asked.append(a[2:]) or batch)
     monkeypatch.setattr(transport, "PAIRS", 2)
+    monkeypatch.setattr(transport, "SITE_CONTROLS", 5)
     config = CompareConfig(subspaces=19)
     found = json.loads(json.dumps(add_subspaces(comparison, lineup, tasks, config).record["tasks"]))
     assert asked == [("test", 2, config.prune.seed)]
@@ -166,8 +167,9 @@ def test_subspaces_are_added_for_tasks_with_a_circuit_that_the_dense_model_can_d
     tests = found["does"]["bridge"]
     assert len(tests) == 2 * 6 + 5 and [test["test"] for test in tests[12:]] == ["encode_mask_decode"] * 5
     for test in tests[:12]:
-        assert len(test["controls"]) == (19 if test["site"] == "all" else 0)
+        assert len(test["controls"]) == (19 if test["site"] == "all" else 5)
         assert len(test["families"][CHANNELS]) == len(test["controls"]) and PRINCIPAL in test["other"]
+    assert {len(test["families"][CHANNELS]) for test in tests[12:]} == {5}
     assert tests[5]["site"] == "all" and set(tests[5]["p"]) == {"random", CHANNELS}
     live = {site: torch.arange(24) < (2 if site in SITES[2:] else 0) for site in SITES}
     assert tests[5]["dimension"] == bridged_subspace(bridges, live)["final_resid"].shape[1] == 2

@@ -207,7 +207,7 @@ def test_files_that_are_no_circuit_are_refused(tmp_path, circuit):
     with pytest.raises(ArtifactError, match=r"no nodes of 0\.attn\.q"):
         Circuit.load(path)
     save_tensors(path, {}, {"kind": "circuit", "locations": []})
-    with pytest.raises(ArtifactError, match="'model' is missing"):
+    with pytest.raises(ArtifactError, match="holds no 'model'"):
         Circuit.load(path)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.data.corpus import Corpus, read_corpus
+from distill.data.corpus import Corpus, read_corpus, reading
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,35 @@ def test_bad_input(sources: list[str], settings_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read_corpus(sources, **settings_)
     assert "\n" not in str(caught.value)
+
+
+def test_lines_are_documents_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("ab\ncd\r\n\nab\nef")
+    corpus = read_corpus([f"lines:{tmp_path / 'one.txt'}"], heldout_fraction=0.0)
+    assert sorted(document.text for document in corpus.train) == ["ab", "cd", "ef"] and corpus.separate
+    assert corpus.record()["sources"][0]["duplicates"] == 1
+    assert not read_corpus(["idioms:0.01"]).separate
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["lines:{}/none.txt"], "no such file; allowed is a text file"),
+        (["lines:{}/binary"], "is not UTF-8"),
+        (["lines:{}/one.txt", "idioms:0.01"], "allowed beside lines: is lines: alone"),
+    ],
+)
+def test_lines_that_cannot_be_read(sources: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("ab\ncd\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=message):
+        read_corpus([source.format(tmp_path) for source in sources])
+
+
+def test_lines_are_not_streamed(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("ab\ncd\n")
+    with pytest.raises(ValueError, match="lines are not streamed"):
+        reading(f"lines:{tmp_path / 'one.txt'}", 0)
 
 
 def test_empty_and_single_file_folders_are_refused(tmp_path: Path) -> None:

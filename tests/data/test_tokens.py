@@ -1,5 +1,6 @@
 """Tokenizer, packing and windows."""
 
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.artifact import ArtifactError, read_manifest, save_tensors
@@ -294,3 +296,65 @@ def test_batches_count_every_token_once_as_target() -> None:
     sampler = Sampler(ids, batch=1, context=10, seed=3)
     targets = Counter(int(token) for step in range(sampler.epoch_windows) for token in sampler.batch(step)[0, 1:])
     assert set(targets.values()) == {1} and len(targets) == 990
+
+
+@pytest.fixture
+def letters() -> PreTrainedTokenizerFast:
+    """A letter is a token; there is no end of text."""
+    tokenizer = Tokenizer(WordLevel({"A": 0, "B": 1, "C": 2}, unk_token="A"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class TestSeparate:
+    """Sequences of one length that are never run together."""
+
+    LINES = ("ABC", "BCA", "CAB", "AAB", "CCA", "BBB", "ACC", "BAC")
+
+    @pytest.fixture
+    def packed(self, letters: PreTrainedTokenizerFast, tmp_path: Path) -> TokenData:
+        (tmp_path / "lines.txt").write_text("\n".join([*self.LINES, "", "ABC\n"]))
+        corpus = read_corpus([f"lines:{tmp_path / 'lines.txt'}"], heldout_fraction=0.3)
+        assert corpus.separate and not corpus.record()["sources"][0]["undecodable"]
+        return pack(corpus, letters, tmp_path / "tokens")
+
+    def test_every_line_is_a_row_on_one_side(self, packed: TokenData, letters: PreTrainedTokenizerFast) -> None:
+        sides = [[str(letters.decode(row)).replace(" ", "") for row in side] for side in (packed.train, packed.heldout)]
+        assert all(sides) and sorted(sides[0] + sides[1]) == sorted(self.LINES)
+        assert packed.train.dtype == np.uint16 and packed.vocab_size == 3
+
+    def test_an_epoch_is_every_row_once_and_nothing_else(self, packed: TokenData) -> None:
+        rows = len(packed.train)
+        sampler = packed.batches(batch=1, context=2, seed=5)
+        drawn = [tuple(sampler.batch(step)[0].tolist()) for step in range(2 * rows)]
+        for epoch in (drawn[:rows], drawn[rows:]):
+            assert sorted(epoch) == sorted(map(tuple, packed.train.tolist()))
+        assert drawn[:rows] != drawn[rows:]
+
+    def test_windows_are_the_rows(self, packed: TokenData) -> None:
+        assert windows(packed.train, 2).tolist() == packed.train.tolist()
+        assert windows(packed.train, 7, limit=2).tolist() == packed.train[:2].tolist()
+
+    @given(rows=st.lists(st.lists(st.integers(0, 6), min_size=4, max_size=4), min_size=1, max_size=9))
+    def test_in_memory_as_packed(self, rows: list[list[int]]) -> None:
+        data = TokenData.from_arrays(np.array(rows), vocab_size=7)
+        assert Counter(
+            map(tuple, Sampler(data.train, batch=len(rows), context=3, seed=0).batch(0).tolist())
+        ) == Counter(map(tuple, rows))
+
+    def test_bad_input(self, packed: TokenData, letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="context: got 3, but the sequences have 3 tokens; allowed is 2"):
+            packed.batches(batch=1, context=3, seed=0)
+        with pytest.raises(ValueError, match="context: got 1, but the sequences have 3 tokens; allowed are 2 and more"):
+            windows(packed.train, 1)
+        for text, message in (("ABC\nAB\n", "tokens, .* allowed is one length"), ("A\nB\n", "2 and more")):
+            (tmp_path / "bad.txt").write_text(text)
+            corpus = read_corpus([f"lines:{tmp_path / 'bad.txt'}"])
+            with pytest.raises(ValueError, match=message):
+                pack(corpus, letters, tmp_path / "bad")
+            assert not (tmp_path / "bad").exists()
+        manifest = (packed.folder or tmp_path) / "manifest.json"
+        content = json.loads(manifest.read_text().replace('"length": 3', '"length": 5'))
+        manifest.write_text(json.dumps({name: value for name, value in content.items() if name != "seal"}))
+        with pytest.raises(ArtifactError, match="no sequences of 5 tokens"):
+            TokenData.load(manifest.parent)

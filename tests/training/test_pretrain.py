@@ -116,7 +116,7 @@ def test_another_architecture_is_not_resumed(data: TokenData, tmp_path: Path) ->
         resume(DenseModel.build_gpt2(ARCHITECTURE), TrainConfig(steps=6, batch=4, context=16))
     manifest = tmp_path / "run" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"kind": "run"', '"kind": "bridge"'))
-    with pytest.raises(ValueError, match="is no run folder"):
+    with pytest.raises(ValueError, match="is of kind 'bridge', needed is 'run'"):
         resume(SparseTransformer.build(ARCHITECTURE))
 
 

@@ -108,10 +108,12 @@ class Limits:
         self._require(self.seeds >= 2, "seeds", "2 and more")
         self._require(self.other_tasks >= 0, "other_tasks", "0 and more")
         for name in ("tail_ratio", "tail_floor", "ablation_ratio", "curve_most", "stochastic_ratio", "no_effect",
-                     "stochastic_floor", "ascent_step", "transfer_ratio", "control_artefact"):  # fmt: skip
+                     "stochastic_floor", "ascent_step", "transfer_ratio", "control_artefact", "role_constant",
+                     "role_shift"):  # fmt: skip
             self._require(0 <= getattr(self, name) < float("inf"), name, "finite numbers, 0 and more")
         for name in ("better", "percentile"):
             self._require(0 <= getattr(self, name) <= 100, name, "percentiles, 0 to 100")
+        self._require(-1 <= self.role_correlation <= 1, "role_correlation", "correlations, -1 to 1")
         for name in ("role_share", "head_share", "agreement", "overlap", "incomplete"):
             self._require(0 <= getattr(self, name) <= 1, name, "shares, 0 to 1")
         for name in ("shares", "curve_shares", "interchange_shares"):

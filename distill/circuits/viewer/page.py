@@ -9,7 +9,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from distill.artifact import versions
+from distill.artifact import versions, write_text
 from distill.circuits.viewer.payload import FORMAT
 from distill.circuits.viewer.settings import MEGABYTE, ViewConfig
 
@@ -41,15 +40,8 @@ class Page:
 
     def save(self, path: str | Path) -> Path:
         """Writes the page, whole or not at all; returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(self.html, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        write_text(path, self.html)
+        return Path(path)
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, for notebooks."""

@@ -19,6 +19,7 @@ from distill.circuits.masks import Nodes
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, TaskBatch, encode
 from distill.circuits.viewer.activations import activations, examples, rounded
+from distill.circuits.viewer.at_work import at_work
 from distill.circuits.viewer.attention import Span, head_of, heads_of, patterns
 from distill.circuits.viewer.describe import descriptions, sentence
 from distill.circuits.viewer.edge_table import EdgeTable, edge_table
@@ -104,10 +105,12 @@ def view(
         ],
         "edges": {"source": edges.source.tolist(), "target": edges.target.tolist(), "weight": rounded(weights)},
         "edges_left_out": left_out,
+        "edges_note": edges_note(model),
         "points": points,
         "heads": patterns(model, heads, shown, spans),
         "pairs": _prompts(shown, spans, texts),
         "windows": [[texts.at(token) for token in row] for row in windows.tolist()],
+        "at_work": at_work(subject, circuits[-1], task, windows, count=config.coloured),
         "tokens": texts.known,
         "scorecard": None if scorecard is None else dict(scorecard),
         "labels": dict(labels or {}),
@@ -170,7 +173,10 @@ def _windows(subject: Subject, config: ViewConfig) -> Int[Tensor, "n T"]:
 def _edges(
     subject: Subject, circuits: Sequence[Circuit], config: ViewConfig
 ) -> tuple[EdgeTable, Float[Tensor, "n"], int]:
-    """Every edge of any of the circuits with its weight, the largest first, and how many there was no room for."""
+    """Every edge of any of the circuits with its weight, the largest first, and how many there was no room for; none of
+    a model where a weight between two nodes is no edge (`edges_note`)."""
+    if edges_note(subject.model):
+        return edge_table({}, _union(circuits)), torch.empty(0), 0
     joined: EdgeSet = circuits[0].edge_set(subject.model)
     for circuit in circuits[1:]:
         joined = edge_union(joined, circuit.edge_set(subject.model))
@@ -181,6 +187,14 @@ def _edges(
     )
     order = weights.abs().argsort(descending=True, stable=True)[: config.edges]
     return table.chosen(order), weights[order], len(weights) - len(order)
+
+
+def edges_note(model: Runnable) -> str:
+    """Why a page shows nodes of this model and no edges; "" where it shows both."""
+    uncut = anatomy(model).uncut
+    if not uncut:
+        return ""
+    return f"nodes only: the model has {' and '.join(uncut)}, so that no single weight joins two nodes"
 
 
 def _place(model: Runnable, location: str, channel: int) -> dict[str, Any]:

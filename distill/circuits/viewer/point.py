@@ -61,6 +61,7 @@ def point(runs: Runs, shared: Shared) -> dict[str, Any]:
     ours = activations(model, shared.nodes, shared.shown.tokens, runs.tap())
     correlation = _correlations(runs, shared)
     edge_places, own = edge_table(runs.edges, shared.nodes).places_of(shared.edges)
+    edge_effect = edge_changes(runs, shared.judged)[own] if len(own) else torch.empty(0)
     return {
         "target": circuit.target,
         "losses": {name: _number(value) for name, value in circuit.losses.items()},
@@ -72,7 +73,7 @@ def point(runs: Runs, shared: Shared) -> dict[str, Any]:
         "pushes": rounded(pushes[places]),
         "correlation": [correlation[place] for place in places.tolist()],
         "edges": edge_places.tolist(),
-        "edge_effect": rounded(edge_changes(runs, shared.judged)[own]),
+        "edge_effect": rounded(edge_effect),
         "pairs": [
             [rounded(ours[row, start:stop, place]) for row, (start, stop) in enumerate(shared.spans)]
             for place in places.tolist()

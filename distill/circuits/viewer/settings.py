@@ -26,6 +26,8 @@ class ViewConfig:
     """Examples with the smallest activation, each from a window of its own."""
     quantiles: tuple[float, ...] = (0.99, 0.9, 0.75, 0.5, 0.25)
     """Shares of the tokens where a node is not zero that lie below one further example each."""
+    coloured: int = 12
+    """Windows of it that are coloured by how strongly the circuit is at work."""
     before: int = 12
     """Tokens shown before an example's own."""
     after: int = 3
@@ -40,10 +42,10 @@ class ViewConfig:
     """Seed of the prompts that are drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "judged", "longest", "windows", "top", "edges"):
+        for name in ("pairs", "judged", "longest", "windows", "coloured", "top", "edges"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed are 1 and more")
-        for name in ("bottom", "before", "after", "exact"):
+        for name in ("bottom", "before", "after", "exact", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed are 0 and more")
         if not all(0 < share < 1 for share in self.quantiles):

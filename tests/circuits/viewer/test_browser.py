@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.circuits.viewer import render
+from distill.circuits.viewer import labels_path, read_labels, render
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -127,6 +127,16 @@ def test_a_head_shows_its_attention(tab: Tab, one_view: dict[str, Any]) -> None:
     assert tab.page.locator("#body canvas.pattern").count() == 2
 
 
+def test_text_is_coloured_by_how_strongly_the_circuit_is_at_work(tab: Tab, one_view: dict[str, Any]) -> None:
+    tab.page.click("#tab-text")
+    rows = one_view["at_work"]["rows"]
+    lines = tab.page.locator("#body .text")
+    assert lines.count() == len(rows)
+    assert lines.first.locator("span").count() == len(rows[0]["strength"])
+    marked = sum(value > one_view["at_work"]["threshold"] for row in rows for value in row["strength"])
+    assert tab.page.locator("#body .text span.flag").count() == marked > 0
+
+
 def test_the_slider_changes_the_number_of_edges(tab: Tab) -> None:
     before = len(tab.visible()["edges"])
     tab.page.fill("#threshold", "0.5")
@@ -181,7 +191,7 @@ def test_hostile_tokens_and_labels_are_text(tab: Tab, one_view: dict[str, Any]) 
     assert tab.said == []
 
 
-def test_what_is_saved(tab: Tab, one_view: dict[str, Any]) -> None:
+def test_what_is_saved(tab: Tab, one_view: dict[str, Any], pages: Path) -> None:
     def saved(button: str) -> bytes:
         with tab.page.expect_download() as waiting:
             tab.page.click(button)
@@ -197,7 +207,10 @@ def test_what_is_saved(tab: Tab, one_view: dict[str, Any]) -> None:
     tab.click_on(one_view["nodes"][3]["name"])
     tab.page.fill("#body textarea", "finds the quote")
     tab.page.press("#body textarea", "Tab")
-    labels = json.loads(saved("#save-labels"))
+    # Beside the circuit's file it is what the next page shows.
+    file = pages / "quotes.tiny.circuit.safetensors"
+    labels_path(file).write_bytes(saved("#save-labels"))
+    labels = read_labels(file)
     assert labels[one_view["nodes"][3]["name"]] == "finds the quote"
     assert len(labels) == 2
 
@@ -213,6 +226,19 @@ def test_two_circuits_side_by_side_with_links(browser: Any, one_view: dict[str, 
     assert shown["links"] == [{"source": name, "target": name, "value": 0.8, "kind": "decoder"}]
     opened.click_on(name)
     assert "Across the bridge" in opened.text()
+    # The name stands on both sides, joined by one link; a kind of link finds its ends; nothing else is a link.
+    same = sum(name in node["name"] for node in shown["nodes"])
+    opened.page.fill("#search", name)
+    assert opened.page.inner_text("#found") == f"{same} found, 1 bridge links"
+    opened.page.fill("#search", "DECODER")
+    assert opened.page.inner_text("#found") == "0 found, 1 bridge links"
+    ends = opened.page.evaluate("circuitPage.graph.nodes('.found').map(dot => dot.id())")
+    assert sorted(ends) == [f"0:{place}", f"1:{place}"]
+    opened.page.press("#search", "Enter")
+    assert opened.text().startswith(name)
+    opened.page.fill("#search", "no such thing")
+    assert opened.page.inner_text("#found") == "0 found"
+    assert opened.page.evaluate("circuitPage.graph.elements('.found').length") == 0
     opened.page.select_option("#right", "")
     assert {node["circuit"] for node in opened.visible()["nodes"]} == {0}
     assert opened.said == []

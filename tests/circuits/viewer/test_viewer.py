@@ -1,6 +1,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.artifact import ArtifactError
-from distill.circuits import Circuit, CircuitMismatchError, Subject, Task, circuit_tap, encode
-from distill.circuits.answers import answer_difference, two_way_loss
+from distill.circuits import Circuit, CircuitMismatchError, Subject, Task, circuit_tap, encode, node_means
+from distill.circuits.answers import Calibration, answer_difference, two_way_loss
 from distill.circuits.circuit import names_of
 from distill.circuits.edges import induced_edge_set
 from distill.circuits.viewer import ViewConfig, labels_path, read_labels, render, view, write_labels
 from distill.circuits.viewer.activations import activations, correlations, examples, rounded
+from distill.circuits.viewer.at_work import FPR, PAIRS, at_work
 from distill.circuits.viewer.describe import leaning, profile, sentence
 from distill.circuits.viewer.edge_table import edge_table
 from distill.circuits.viewer.page import escaped, shrunk
+from distill.circuits.watch import make_watch
+from distill.model import DenseModel
 from distill.model.sites import split_node
 
 HOSTILE = "</script><script>window.broken=1</script>"
@@ -39,7 +44,7 @@ def test_a_view_names_the_nodes_and_edges_of_its_circuits(
         for s, t, w in zip(edges["source"], edges["target"], edges["weight"], strict=True)
     }
     expected = circuit.to_json(subject.model)["edges"]
-    assert listed == {(s, t, float(f"{w:.3g}")) for s, t, w in expected}
+    assert listed == {(s, t, float(f"{w:.3g}")) for s, t, w in expected} and one_view["edges_note"] == ""
     sizes = [abs(weight) for weight in edges["weight"]]
     assert sizes == sorted(sizes, reverse=True)
     assert len(by_target[0.15]["edges"]) == len(by_target[0.15]["edge_effect"]) == len(expected)
@@ -86,6 +91,27 @@ def test_the_effect_of_a_node_is_what_leaving_it_out_costs(
 def test_effects_of_many_nodes_are_to_first_order(one_view: dict[str, Any]) -> None:
     assert {point["effect_kind"] for point in one_view["points"]} == {"first order"}
     assert all(len(point["effect"]) == len(point["nodes"]) for point in one_view["points"])
+
+
+def test_the_text_is_coloured_by_the_watch(
+    one_view: dict[str, Any], subject: Subject, task: Task, make_circuit: Callable[..., Circuit]
+) -> None:
+    found = one_view["at_work"]
+    windows = subject.sample[torch.linspace(0, len(subject.sample) - 1, len(one_view["windows"])).long(), :-1]
+    pairs = min(PAIRS, task.size("train"))
+    watch = make_watch(subject, make_circuit(0.5), task, fpr=FPR, pairs=pairs, windows=len(windows))
+    for row in found["rows"]:
+        scores = watch.score(subject.model, windows[[row["window"]]])
+        assert row["strength"] == rounded(scores.strength[0]) and row["lean"] == rounded(scores.lean[0])
+    assert found["target"] == 0.15 and found["threshold"] == pytest.approx(watch.threshold)
+
+
+def test_without_training_prompts_the_text_is_left_out_with_a_reason(
+    subject: Subject, task: Task, make_circuit: Callable[..., Circuit]
+) -> None:
+    bare = replace(task, splits={name: pairs for name, pairs in task.splits.items() if name != "train"})
+    found = at_work(subject, make_circuit(0.5), bare, subject.sample[:4, :-1], count=2)
+    assert found["rows"] == [] and "has no training prompts" in found["reason"]
 
 
 def test_attention_in_a_view_is_a_distribution(one_view: dict[str, Any]) -> None:
@@ -179,6 +205,34 @@ def test_circuits_of_other_models_and_tasks_are_refused(
         view(subject, [circuit, dataclasses.replace(circuit, task="other")], task)
     with pytest.raises(ValueError, match="circuits: got none"):
         view(subject, [], task)
+
+
+def test_a_gated_model_with_shared_values_has_nodes_and_no_edges(subject: Subject, task: Task) -> None:
+    config = LlamaConfig(
+        vocab_size=len(subject.tokenizer), hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = DenseModel(LlamaForCausalLM(config).eval())
+    means = node_means(model, subject.sample[:, :-1])
+    llama = Subject(name="llama", model=model, tokenizer=subject.tokenizer, sample=subject.sample, means=means)
+    circuit = Circuit(
+        model=model.fingerprint(),
+        model_name="llama",
+        task=task.name,
+        nodes={name: torch.arange(width) % 2 == 0 for name, width in model.widths.items()},
+        scores={name: torch.zeros(width) for name, width in model.widths.items()},
+        means=means,
+        calibration=Calibration(),
+        losses={"circuit": 0.2},
+        target=0.15,
+    )
+    one = view(llama, [circuit], task, config=ViewConfig(pairs=1, judged=2, windows=2))
+    assert [node["name"] for node in one["nodes"]] == circuit.node_names
+    assert one["edges"] == {"source": [], "target": [], "weight": []}
+    assert one["points"][0]["edges"] == [] and one["points"][0]["edge_effect"] == []
+    assert one["edges_note"].startswith("nodes only: the model has a gated MLP and values shared by heads")
+    assert any(one["points"][0]["effect"]) and one["points"][0]["counts"]["edges_induced"] > 0
+    assert len(render([one]).html) > 10_000
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

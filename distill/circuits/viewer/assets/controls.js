@@ -104,6 +104,8 @@ function drawNotes() {
   }
   for (const circuit of sides()) {
     const out = page.circuits[circuit].edges_left_out;
+    const { name, edges_note: without } = page.circuits[circuit];
+    if (without) notes.push(`${name}: ${without}`);
     if (out) notes.push(`${page.circuits[circuit].name}: the ${number(out)} weakest edges are not in this page`);
   }
   const before = byId("notes").childElementCount;
@@ -122,27 +124,27 @@ function drawLegend() {
   );
 }
 
-/** Nodes whose name, label, description or strongest tokens hold the words; the first one is chosen on Enter. */
+/**
+ * Nodes whose name, label or strongest tokens hold the words, and bridge links with such an end, or of such a kind,
+ * with the nodes that they lead to. The first node is chosen on Enter.
+ */
 function search(words) {
   const wanted = words.trim().toLowerCase();
-  graph.nodes(".found").removeClass("found");
+  graph.elements(".found").removeClass("found");
   if (!wanted) { byId("found").textContent = ""; return []; }
   const hits = sides().flatMap((circuit) => pointOf(circuit).nodes
-    .filter((place) => searched(page.circuits[circuit], place).includes(wanted))
+    .filter((place) => nodeWords(circuit, place).includes(wanted))
     .map((place) => ({ circuit, place })));
   const keys = new Set(hits.map((hit) => `${hit.circuit}:${hit.place}`));
   graph.nodes(".dot").forEach((dot) => {
     const one = dot.data("item");
     if (one.places.some((place) => keys.has(`${one.circuit}:${place}`))) dot.addClass("found");
   });
-  byId("found").textContent = `${number(hits.length)} found`;
-  return hits;
-}
-
-function searched(view, place) {
-  const node = view.nodes[place];
-  const high = (node.description?.high ?? []).map(([token]) => tokenText(view, token)).join(" ");
-  return `${node.name} ${groupOf(node)} ${view.labels[node.name] ?? ""} ${high}`.toLowerCase();
+  const links = graph.edges(".bridge").filter((edge) => edge.data("link").words.some((text) => text.includes(wanted)));
+  links.addClass("found");
+  const led = links.connectedNodes().not(".found").addClass("found");
+  byId("found").textContent = `${number(hits.length)} found${links.length ? `, ${number(links.length)} bridge links` : ""}`;
+  return [...hits, ...led.map((dot) => ({ circuit: dot.data("item").circuit, place: dot.data("item").places[0] }))];
 }
 
 function startSearch() {

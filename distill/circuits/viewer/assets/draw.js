@@ -25,6 +25,7 @@ const STYLE = [
     width: "data(width)", opacity: 0.55, events: "no", "z-index": 4 } },
   { selector: ".hidden", style: { display: "none" } },
   { selector: ".faint", style: { opacity: 0.2 } },
+  { selector: "edge.bridge.found", style: { "line-style": "solid", opacity: 0.9, "z-index": 6 } },
   { selector: "node.found", style: { "border-width": 3, "border-color": "#e0a800" } },
   { selector: "node.chosen", style: { "border-width": 3, "border-color": "#1f2328" } },
   { selector: "edge.near", style: { opacity: 0.95 } },

@@ -3,6 +3,7 @@
 const TABS = [
   ["node", "Node", () => (state.selected?.group ? groupPanel(state.selected) : state.selected ? nodePanel(state.selected) : emptyNode())],
   ["circuit", "Circuit", () => sides().map(circuitPanel)],
+  ["text", "Text", () => sides().map(textPanel)],
   ["scorecard", "Scorecard", () => sides().map(scorecardPanel)],
   ["made", "Provenance", () => sides().map(provenancePanel)],
 ];
@@ -96,6 +97,22 @@ function curve(circuit) {
     svg("path", { d: path, fill: "none", stroke: UP, "stroke-width": 1.5 }), ...dots,
     svg("text", { x: wide / 2, y: high - 1, "text-anchor": "middle" }, "target loss, nats"),
     svg("text", { x: 4, y: 12 }, "edges kept"));
+}
+
+/** Held-out text, coloured by how strongly the circuit is at work at each token. */
+function textPanel(circuit) {
+  const view = page.circuits[circuit];
+  const found = view.at_work;
+  const head = el("h2", {}, view.name);
+  if (found.reason) return [head, el("p", { class: "muted" }, `Not measured: ${found.reason}.`)];
+  return [
+    head,
+    el("p", { class: "muted" }, `Held-out text; the darker a token, the further the nodes that decide the task are from what they usually are
+      (strength, 0 to ${number(found.largest)}; circuit of target ${number(found.target)}). Marked: above ${number(found.threshold)}, as ${number(100 * found.fpr)}% of such tokens are.
+      A circuit is rightly at work in some of them.`),
+    found.rows.map((row) => [el("h4", {}, `window ${row.window}`),
+      tokenLine(view, view.windows[row.window], row.strength, found.largest, null, found.threshold)]),
+  ];
 }
 
 function scorecardPanel(circuit) {

@@ -156,20 +156,33 @@ function streamsOf(circuit, items) {
   );
 }
 
-/** Bridge correspondences between the two circuits that are shown, the strongest first. */
+/** Bridge correspondences between the two circuits that are shown; `words` is what a search looks in. */
 function linksShown(items) {
   const [a, b] = sides();
   const home = new Map(items.flatMap((one) => one.places.map((place) => [`${one.circuit}:${place}`, one])));
-  const found = page.links.flatMap((link) => {
+  const found = new Map();
+  for (const link of page.links) {
     const turned = link.left === b && link.right === a;
-    if (!turned && !(link.left === a && link.right === b)) return [];
-    return link.pairs.flatMap(([mine, other, value]) => {
+    if (!turned && !(link.left === a && link.right === b)) continue;
+    for (const [mine, other, value] of link.pairs) {
       const ends = [home.get(`${link.left}:${mine}`), home.get(`${link.right}:${other}`)];
-      if (!ends[0]?.kept || !ends[1]?.kept) return [];
-      return [{ id: `${ends[0].id}=${ends[1].id}/${link.kind}`, from: ends[0].id, to: ends[1].id, value, kind: link.kind }];
-    });
-  });
-  return [...new Map(found.map((one) => [one.id, one])).values()];
+      if (!ends[0]?.kept || !ends[1]?.kept) continue;
+      const id = `${ends[0].id}=${ends[1].id}/${link.kind}`;
+      const words = [nodeWords(link.left, mine), nodeWords(link.right, other), `bridge ${link.kind}`.toLowerCase()];
+      // Of dots that stand for several nodes one line stands for several links.
+      const before = found.get(id)?.words ?? [];
+      found.set(id, { id, from: ends[0].id, to: ends[1].id, value, kind: link.kind, words: [...before, ...words] });
+    }
+  }
+  return [...found.values()];
+}
+
+/** What a search looks in for a node: its name, its head, its label, the tokens of its description. */
+function nodeWords(circuit, place) {
+  const view = page.circuits[circuit];
+  const node = view.nodes[place];
+  const high = (node.description?.high ?? []).map(([token]) => tokenText(view, token)).join(" ");
+  return `${node.name} ${groupOf(node)} ${view.labels[node.name] ?? ""} ${high}`.toLowerCase();
 }
 
 /** Edges in and out of a node of a circuit, the strongest first. */

@@ -1,11 +1,12 @@
 // Text with its tokens coloured by a node's activation, and attention patterns.
 
-/** A line of tokens; `values` colour them against `most`, `here` is the place of the one that is meant. */
-function tokenLine(view, tokens, values, most, here = null) {
+/** A line of tokens; `values` colour them against `most`, `here` is the place of the one that is meant; the tokens above
+    `threshold` are marked. */
+function tokenLine(view, tokens, values, most, here = null, threshold = Infinity) {
   const parts = tokens.map((place, i) => {
     const text = tokenText(view, place);
     const value = values[i];
-    const span = el("span", { class: i === here ? "here" : "", title: `${visibleText(text)}  ${number(value)}` }, visibleText(text));
+    const span = el("span", { class: i === here ? "here" : value > threshold ? "flag" : "", title: `${visibleText(text)}  ${number(value)}` }, visibleText(text));
     if (value) span.style.background = shade(value, most);
     return span;
   });

@@ -1,0 +1,233 @@
+"""Editing a dense model where its sparse student's circuit points, in its weights.
+
+    edit = carry("ablate", ["2.attn.resid_delta.145"], bridges, constants(dense_means))
+    edit.apply(dense).hf.save_pretrained(folder)      # an ordinary GPT-2 checkpoint
+
+A node of the student at a write or a read is one channel c of its residual stream at a site i, and the decoder says
+what one unit of it is in the dense stream: the column G_i[:, c]. At every dense write d that the node stands for, the
+part of d in the span U of these columns becomes
+
+    d' = d + U U^T ((factor - 1) d + (1 - factor) m)
+
+which is a change of the matrix that makes the write and of its bias, exact in models without AbsTopK. m is the mean of
+the write (`ablate`, `scale`) or sum_c value G_i[:, c] (`clamp`), so factor 0 takes the direction out of the write, or
+holds it at the value; `add` puts value G_i[:, c] on top and takes nothing out. A write `resid_delta` stands for the
+same write of the dense model, a read `act_in` for every write before it. What the embedding writes is left alone, as
+its matrix is the unembedding too. Other nodes (q, k, v, neurons) have no counterpart in the dense stream; nor have
+edges.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bridges.maps import Bridges, check_bridges
+from distill.circuits.circuit import Circuit, names_of
+from distill.circuits.edit_account import AnyEdit
+from distill.circuits.edit_run import EditConfig, Maker
+from distill.circuits.editing import constants
+from distill.circuits.faithfulness.matched import random_sets
+from distill.circuits.masks import all_nodes
+from distill.circuits.subject import Subject
+from distill.model import DenseModel
+from distill.model.run import Runnable
+from distill.model.sites import Edit, Tap, kind_of, layer_of, residual_sites, split_node
+
+Op = Literal["ablate", "scale", "clamp", "add"]
+OPS: tuple[Op, ...] = get_args(Op)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionEdit:
+    """Directions taken out of, scaled in, or added to the writes of a dense model."""
+
+    op: str
+    """One of `OPS`."""
+    names: tuple[str, ...]
+    """Nodes of the student."""
+    factor: float
+    """What is left of the directions' part of a write; 1 leaves it."""
+    value: float | None
+    """What the nodes are held at or what of them is added, in units of the student's stream; None: the mean."""
+    bases: Mapping[str, Float[Tensor, "D d"]]
+    """Orthonormal directions by write, `{i}.attn.resid_delta`."""
+    shifts: Mapping[str, Float[Tensor, "D"]]
+    """What is added to each write."""
+
+    @torch.no_grad()
+    def apply(self, model: DenseModel) -> DenseModel:
+        """A copy of the dense model with the edit in its weights. ValueError for writes without a bias."""
+        edited = copy.deepcopy(model)
+        for location, basis in self.bases.items():
+            family, i = edited.family, layer_of(location)
+            part = edited.part(family.attn_out if kind_of(location) == "attn.resid_delta" else family.mlp_out, i)
+            weight, bias = part.get_parameter("weight").detach(), getattr(part, "bias", None)
+            shift = self.shifts[location].to(weight)
+            if self.factor != 1:
+                basis = basis.to(weight)
+                for one in (weight.T if not family.transposed else weight, *([] if bias is None else [bias.detach()])):
+                    one += (self.factor - 1) * (one @ basis) @ basis.T
+            if bool((shift != 0).any()):
+                if bias is None:
+                    raise ValueError(f"node: {location} of this model has no bias that a constant could go into")
+                bias += shift
+        return edited
+
+    def tap(self, model: Runnable) -> Tap:
+        """A tap under which the dense model computes what the edited one does."""
+
+        def at(location: str) -> Any:
+            return lambda x: (
+                x
+                + (self.factor - 1) * (x @ self.bases[location].to(x)) @ self.bases[location].to(x).T
+                + self.shifts[location].to(x)
+            )
+
+        return Edit({location: at(location) for location in self.bases})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the directions follow from nodes and bridges."""
+        return {
+            "op": self.op,
+            "nodes": list(self.names),
+            "factor": self.factor,
+            "value": self.value,
+            "directions": {location: basis.shape[1] for location, basis in self.bases.items()},
+        }
+
+
+def node_place(node: str, n_layer: int) -> tuple[str, tuple[str, ...]]:
+    """The residual site whose bridge carries a node, and the dense writes that it stands for.
+
+    ValueError for a node that is neither read nor write, or stands in front of every write.
+    """
+    location, _ = split_node(node)
+    kind, i = kind_of(location), layer_of(location)
+    sites = residual_sites(n_layer)
+    if kind.endswith("resid_delta"):
+        own = f"{i}.resid_in" if kind.startswith("attn") else f"{i}.resid_mid"
+        return sites[sites.index(own) + 1], (location,)
+    if not kind.endswith("act_in"):
+        raise ValueError(f"node: {node} has no counterpart in the dense stream; allowed are reads and writes")
+    site = f"{i}.resid_in" if kind.startswith("attn") else f"{i}.resid_mid"
+    writes = [f"{j}.{part}.resid_delta" for j in range(n_layer) for part in ("attn", "mlp")][: sites.index(site)]
+    if not writes:
+        raise ValueError(f"node: {node} reads the embedding alone, which an edit leaves as it is")
+    return site, tuple(writes)
+
+
+def carried(nodes: Sequence[str], n_layer: int) -> list[str]:
+    """Those of the nodes that have a counterpart in the dense model's writes."""
+    found = []
+    for node in nodes:
+        try:
+            node_place(node, n_layer)
+        except ValueError:
+            continue
+        found.append(node)
+    return found
+
+
+def carry(
+    op: str,
+    nodes: Sequence[str],
+    bridges: Bridges,
+    means: Mapping[str, Float[Tensor, "D"]],
+    *,
+    factor: float | None = None,
+    value: float | None = None,
+) -> DirectionEdit:
+    """The edit of a dense model that nodes of its student stand for.
+
+    Arguments:
+        op: one of `OPS`.
+        nodes: reads and writes of the student.
+        means: of the dense model's writes (`distill.circuits.editing.constants`).
+        factor: for scale.
+        value: for clamp and add, in units of the student's stream.
+
+    ValueError for what does not fit together, and for nodes without a counterpart.
+    """
+    columns: dict[str, list[Tensor]] = {}
+    for node in nodes:
+        site, writes = node_place(node, bridges.shape.n_layer)
+        channel = split_node(node)[1]
+        if channel >= bridges.shape.d_sparse:
+            raise ValueError(f"node: {node} is none of the student's, whose stream has {bridges.shape.d_sparse}")
+        # What is added shall be there once, behind the last write; what is taken out has to go from every write.
+        for write in writes[-1:] if op == "add" else writes:
+            columns.setdefault(write, []).append(bridges.decoder_matrix(site)[:, channel].double().cpu())
+    return directed(op, nodes, columns, means, factor=factor, value=value)
+
+
+def directed(
+    op: str,
+    names: Sequence[str],
+    columns: Mapping[str, Sequence[Float[Tensor, "D"]]],
+    means: Mapping[str, Float[Tensor, "D"]],
+    *,
+    factor: float | None = None,
+    value: float | None = None,
+) -> DirectionEdit:
+    """An edit along given directions of each write; arguments otherwise as `carry`. Directions of length 0 are none.
+
+    ValueError for what does not fit together.
+    """
+    if op not in OPS:
+        raise ValueError(
+            f"op: got {op!r}, allowed over a bridge are {', '.join(OPS)}; a student's edge is no weight of the dense "
+            "model"
+        )
+    if (factor is None) == (op == "scale"):
+        raise ValueError(f"factor: got {factor} with op {op}; scale needs one, and no other op has any")
+    if (value is None) == (op in ("clamp", "add")):
+        raise ValueError(f"value: got {value} with op {op}; clamp and add need one, and no other op has any")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"nodes: got {list(names)}, allowed are one or more, each once")
+    kept = {"ablate": 0.0, "clamp": 0.0, "add": 1.0}.get(op, factor)
+    assert kept is not None
+    bases: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
+    for write, found in columns.items() if kept != 1 or op == "add" else ():
+        directions = torch.stack(list(found), 1)
+        if not bool(directions.any()):
+            continue
+        basis = orthonormal(directions)
+        held = means[write].double().cpu() if value is None else value * directions.sum(1)
+        bases[write] = basis.float()
+        shifts[write] = (held if op == "add" else (1 - kept) * basis @ (basis.T @ held)).float()
+    return DirectionEdit(op=op, names=tuple(names), factor=kept, value=value, bases=bases, shifts=shifts)
+
+
+def orthonormal(columns: Float[Tensor, "D n"]) -> Float[Tensor, "D d"]:
+    """An orthonormal basis of what the columns span; directions that are all but in the others' span do not count."""
+    left, size, _ = torch.linalg.svd(columns, full_matrices=False)
+    return left[:, size > 1e-6 * size.max().clamp_min(1e-30)]
+
+
+def bridged_maker(dense: Subject, student: Subject, bridges: Bridges, circuit: Circuit, config: EditConfig) -> Maker:
+    """Edits of a dense model by nodes of its student's circuit; random ones by as many nodes of the student as active.
+
+    CircuitMismatchError unless the circuit is the student's; ValueError for what does not fit together.
+    """
+    circuit.check(student.model)
+    check_bridges(bridges, n_layer=dense.model.n_layer, d_dense=dense.model.d_model, d_sparse=student.model.d_model)
+    values = constants(dense.means)
+
+    def make(names: Sequence[str]) -> DirectionEdit:
+        return carry(config.op, names, bridges, values, factor=config.factor, value=config.value)
+
+    def random(edit: AnyEdit, count: int) -> list[DirectionEdit]:
+        nodes = all_nodes(student.model.widths, keep=False)
+        for name in edit.names:
+            location, channel = split_node(name)
+            nodes[location][channel] = True
+        generator = torch.Generator().manual_seed(config.seed)
+        return [make(names_of(one)) for one in random_sets(nodes, student.means, count, generator)]
+
+    return Maker(candidates=carried(circuit.node_names, dense.model.n_layer), make=make, random=random)
