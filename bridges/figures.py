@@ -25,7 +25,7 @@ def plot_locations(circuits: Mapping[tuple[str, str], Circuit], path: Path) -> N
         raise ValueError("circuits: got none; allowed are one or more")
     tasks = list(dict.fromkeys(task for task, _ in circuits))
     models = list(dict.fromkeys(model for _, model in circuits))
-    figure = _figure(2.4 + 2.1 * len(models), 0.5 + 1.9 * len(tasks))
+    figure = new_figure(2.4 + 2.1 * len(models), 0.5 + 1.9 * len(tasks))
     grid = figure.subplots(len(tasks), len(models), squeeze=False)
     for row, task in enumerate(tasks):
         for column, model in enumerate(models):
@@ -70,7 +70,7 @@ def plot_bridge(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         raise ValueError(
             "tasks: none has an interchange; allowed are comparisons with a bridge and a student's circuit"
         )
-    figure = _figure(12.5, 1.5 + 2.6 * len(shown))
+    figure = new_figure(12.5, 1.5 + 2.6 * len(shown))
     grid = figure.subplots(len(shown), 3, squeeze=False)
     for (name, row), (left, middle, right) in zip(shown.items(), grid, strict=True):
         _interchange_axes(left, row["interchange"]["sites"])
@@ -156,7 +156,7 @@ def plot_size_loss(curves: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
     if not curves:
         raise ValueError("curves: got none; allowed are one or more")
     tasks = list(dict.fromkeys(task for task, _ in curves))
-    figure = _figure(1.2 + 3.6 * len(tasks), 3.4)
+    figure = new_figure(1.2 + 3.6 * len(tasks), 3.4)
     grid = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for axes, task in zip(grid, tasks, strict=True):
         for (of, model), rows in curves.items():
@@ -185,8 +185,8 @@ def plot_size_loss(curves: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
     figure.savefig(path, dpi=110)
 
 
-def _figure(width: float, height: float) -> Figure:
-    # Without pyplot: importing this module must not change how a notebook draws.
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, without pyplot: importing this must not change how a notebook draws."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -6,6 +6,7 @@ same as for a model that is trained alone.
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from distill.command import no_type_check
 from distill.data.sample import spread_windows
 from distill.data.stream import Stream
 from distill.data.tokens import Batches, TokenData, windows
+from distill.lock import lock
 from distill.model.run import Runnable
 from distill.model.sites import residual_sites
 from distill.model.transformer import LARGEST_BIGRAM, Architecture, SparseTransformer
@@ -215,18 +217,20 @@ def fit_bridges(
     modules = nn.ModuleDict({"student": student, "bridges": bridges})
     if engine.is_main_process:
         make_way(folder, "bridge", resume=resume, overwrite=overwrite)
-        _begin(folder, provenance, settings)
-    engine.wait_for_everyone()
-    objective = BridgeObjective(dense, student, bridges, config, skip_first=skip_first, teacher=teacher)
-    loop: dict[str, Any] = {"evaluate": evaluate, "resume": resume, "provenance": provenance, "engine": engine}
-    history = train(modules, objective, batches, training, folder, sparse=sparse, **loop)
-    options: dict[str, Any] = {"train": fitted, "rivals": rivals, "skip_first": skip_first, "batch": batch}
-    bigram = bigram_loss(_counted(data, training), heldout, vocab_size=dense.vocab_size)
-    metrics = measure(dense, student, bridges, heldout, bigram_ce=bigram, **options)
-    made = Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
-    if engine.is_main_process:
-        _write(folder, made, record, provenance, sparse, training, tokenizer=tokenizer, sample=sample)
-    engine.wait_for_everyone()
+    with lock(folder) if engine.is_main_process else nullcontext():
+        if engine.is_main_process:
+            _begin(folder, provenance, settings)
+        engine.wait_for_everyone()
+        objective = BridgeObjective(dense, student, bridges, config, skip_first=skip_first, teacher=teacher)
+        loop: dict[str, Any] = {"evaluate": evaluate, "resume": resume, "provenance": provenance, "engine": engine}
+        history = train(modules, objective, batches, training, folder, sparse=sparse, **loop)
+        options: dict[str, Any] = {"train": fitted, "rivals": rivals, "skip_first": skip_first, "batch": batch}
+        bigram = bigram_loss(_counted(data, training), heldout, vocab_size=dense.vocab_size)
+        metrics = measure(dense, student, bridges, heldout, bigram_ce=bigram, **options)
+        made = Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
+        if engine.is_main_process:
+            _write(folder, made, record, provenance, sparse, training, tokenizer=tokenizer, sample=sample)
+        engine.wait_for_everyone()
     return made
 
 

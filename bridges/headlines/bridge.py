@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from bridges.figures import new_figure
 from bridges.folder import load_bridged
-from bridges.headlines.setting import Found, Headline, Setting, new_figure
+from bridges.headlines.setting import Found, Headline, Setting
 from bridges.lineup import bridge_folder
 from bridges.steering import NODE, RANDOM, rank_reads, steer
 from distill.circuits.tasks import encode

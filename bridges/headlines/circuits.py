@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
-from bridges.headlines.setting import Found, Headline, Setting, new_figure
+from bridges.figures import new_figure
+from bridges.headlines.setting import Found, Headline, Setting
 from bridges.report import table
 from distill.circuits.answers import CHANCE
 from distill.circuits.circuit import Circuit

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bridges.agreement import agreement, token_losses
 from bridges.compare import sample_for
-from bridges.headlines.setting import Found, Headline, Setting, new_figure
+from bridges.figures import new_figure
+from bridges.headlines.setting import Found, Headline, Setting
 from bridges.metrics import batches, evaluating
 from bridges.ratios import arm_of
 from distill.circuits.subject import Subject

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bridges.compare import CompareConfig, Comparison, compare, known_circuits
@@ -95,10 +94,3 @@ class Headline:
     """When it holds here."""
     rerun: Callable[[Setting], Found]
     """Does it."""
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, without pyplot: importing this must not change how a notebook draws."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -231,7 +231,7 @@ def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names no model_type"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         load_model(tmp_path / "config.json")
