@@ -76,9 +76,10 @@ def budget_check(rows: Mapping[str, Mapping[str, Any]], counted: Sequence[str]) 
     """Whether edges stay within 10% on doubling the budget.
 
     `models`: for each model of the pair `moved` and `moved_pruned`, the geometric mean over its circuits of edges at
-    twice the budget over edges, less 1, and `worst`, the `moved` of the circuit that moved most. `holds`: whether all
-    `moved` are within `limit`. `edge_ratio_geomean`: the ratio dense over sparse at twice the budget, over the tasks
-    that count and have circuits there. None where there is nothing to tell from.
+    twice the budget over edges, less 1; `typical`, the same of moves taken as rises, so that none makes up for another;
+    and `worst`, the `moved` of the circuit that moved most. `holds`: whether all `typical` are within `limit`.
+    `edge_ratio_geomean`: the ratio dense over sparse at twice the budget, over the tasks that count and have circuits
+    there. None where there is nothing to tell from.
     """
     found: dict[str, Any] = {"limit": LIMIT, "models": {}}
     names = list(dict.fromkeys(name for row in rows.values() for name in row if arm_of(name) is not None))
@@ -89,11 +90,12 @@ def budget_check(rows: Mapping[str, Mapping[str, Any]], counted: Sequence[str]) 
         if done:
             found["models"][name] = {
                 **{key: _mean_move([one[key] for one in done]) for key in ("moved", "moved_pruned")},
+                "typical": _mean_move([math.exp(abs(math.log1p(one["moved"]))) - 1 for one in done]),
                 "worst": max((one["moved"] for one in done), key=abs),
                 "circuits": len(done),
             }
-    moves = [one["moved"] for one in found["models"].values()]
-    found["holds"] = all(abs(move) < LIMIT for move in moves) if moves else None
+    moves = [one["typical"] for one in found["models"].values()]
+    found["holds"] = all(move < LIMIT for move in moves) if moves else None
     ratios = [ratio for task in counted if (ratio := _ratio(rows[task])) is not None]
     found["edge_ratio_geomean"] = math.exp(sum(ratios) / len(ratios)) if ratios else None
     return found

@@ -39,6 +39,8 @@ CORPUS_WINDOWS = 16
 """Windows of held-out text on which the damage of losing a circuit is measured."""
 RESERVED = frozenset({"target", "asked", "bridge", "interchange", "correspondence", "curves"})
 """What a task's row holds beside the models."""
+FROM_TARGET = frozenset({"target", "goal", "relative"})
+"""Settings of pruning that the comparison works out of the models' losses."""
 CIRCUIT_FIELDS = ("loss_circuit", "loss_calibrated", *SIZES, "loss_without_circuit", "loss_without_random_median")
 
 
@@ -296,13 +298,13 @@ def _circuit(
 
 
 def _is_wanted(known: Circuit | None, subject: Subject, settings: PruneConfig) -> bool:
-    """Whether a circuit found earlier is of this model, met this target, and was searched for by this objective."""
-    return (
-        known is not None
-        and known.model == subject.model.fingerprint()
-        and math.isclose(known.target, settings.target, rel_tol=1e-6)
-        and known.provenance["config"]["objective"] == settings.objective
-    )
+    """Whether a circuit found earlier is of this model, met this target, and was searched for by these settings."""
+    if known is None or known.model != subject.model.fingerprint():
+        return False
+    if not math.isclose(known.target, settings.target, rel_tol=1e-6):
+        return False
+    wanted, made = asdict(settings), known.provenance["config"]
+    return all(made.get(name, wanted[name]) == wanted[name] for name in wanted.keys() - FROM_TARGET)
 
 
 def judge(

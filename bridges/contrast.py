@@ -95,6 +95,8 @@ def contrast_maker(
     circuit.check(student.model)
     model = student.model
     check_bridges(bridges, n_layer=dense.model.n_layer, d_dense=dense.model.d_model, d_sparse=model.d_model)
+    if not task.oriented:
+        raise ValueError(f"task: the answers of {task.name} vary by pair, so there are no two classes; use nodes")
     batch = encode(task, student.tokenizer, "train", config.pairs, config.seed, context=model.context)
     found, values = contrasts(model, batch), constants(dense.means)
 

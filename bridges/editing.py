@@ -10,8 +10,8 @@ part of d in the span U of these columns becomes
     d' = d + U U^T ((factor - 1) d + (1 - factor) m)
 
 which is a change of the matrix that makes the write and of its bias, exact in models without AbsTopK. m is the mean of
-the write (`ablate`, `scale`) or sum_c value G_i[:, c] (`clamp`), so factor 0 takes the direction out of the write, or
-holds it at the value; `add` puts value G_i[:, c] on top and takes nothing out. A write `resid_delta` stands for the
+the write (`ablate`, `scale`) or, in the last of a node's writes, sum_c value G_i[:, c] (`clamp`), so factor 0 takes the
+direction out of the write, or holds it at the value; `add` puts value G_i[:, c] on top and takes nothing out. A write `resid_delta` stands for the
 same write of the dense model, a read `act_in` for every write before it. What the embedding writes is left alone, as
 its matrix is the unembedding too. Other nodes (q, k, v, neurons) have no counterpart in the dense stream; nor have
 edges.
@@ -149,20 +149,24 @@ def carry(
         nodes: reads and writes of the student.
         means: of the dense model's writes (`distill.circuits.editing.constants`).
         factor: for scale.
-        value: for clamp and add, in units of the student's stream.
+        value: for clamp and add, in units of the student's stream. What the embedding holds along the directions stays
+            as it is.
 
     ValueError for what does not fit together, and for nodes without a counterpart.
     """
     columns: dict[str, list[Tensor]] = {}
+    ends: dict[str, Tensor] = {}
     for node in nodes:
         site, writes = node_place(node, bridges.shape.n_layer)
         channel = split_node(node)[1]
         if channel >= bridges.shape.d_sparse:
             raise ValueError(f"node: {node} is none of the student's, whose stream has {bridges.shape.d_sparse}")
-        # What is added shall be there once, behind the last write; what is taken out has to go from every write.
+        column = bridges.decoder_matrix(site)[:, channel].double().cpu()
+        # What is added or held shall be there once, behind the last write; what is taken out goes from every write.
         for write in writes[-1:] if op == "add" else writes:
-            columns.setdefault(write, []).append(bridges.decoder_matrix(site)[:, channel].double().cpu())
-    return directed(op, nodes, columns, means, factor=factor, value=value)
+            columns.setdefault(write, []).append(column)
+        ends[writes[-1]] = ends.get(writes[-1], 0) + column
+    return directed(op, nodes, columns, means, factor=factor, value=value, ends=ends)
 
 
 def directed(
@@ -173,8 +177,11 @@ def directed(
     *,
     factor: float | None = None,
     value: float | None = None,
+    ends: Mapping[str, Float[Tensor, "D"]] | None = None,
 ) -> DirectionEdit:
     """An edit along given directions of each write; arguments otherwise as `carry`. Directions of length 0 are none.
+
+    `ends` say which write gets how much of `value`; by default each gets its own directions once.
 
     ValueError for what does not fit together.
     """
@@ -198,7 +205,8 @@ def directed(
         if not bool(directions.any()):
             continue
         basis = orthonormal(directions)
-        held = means[write].double().cpu() if value is None else value * directions.sum(1)
+        own = directions.sum(1) if ends is None else ends.get(write, torch.zeros(len(directions)).double())
+        held = means[write].double().cpu() if value is None else value * own
         bases[write] = basis.float()
         shifts[write] = (held if op == "add" else (1 - kept) * basis @ (basis.T @ held)).float()
     return DirectionEdit(op=op, names=tuple(names), factor=kept, value=value, bases=bases, shifts=shifts)

@@ -200,6 +200,8 @@ def fit_bridges(
     bridges, skip_first = _prepare(dense, student, fitted, config, batch)
     teacher = None
     if targets is not None:
+        if engine.mixed_precision != "no" and training.precision != "bfloat16":
+            raise ValueError("targets: launched with mixed precision, which they do not follow; use --config.precision")
         teacher = _stored(Path(targets), dense, data, config, training, record, engine)
 
     def evaluate() -> dict[str, float]:

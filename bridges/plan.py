@@ -181,7 +181,7 @@ def next_steps(corpus: Sequence[str], stream: bool, out: str, tasks: Sequence[st
     lines = [
         f"corpus: {' '.join(corpus)}, {'read as a stream' if stream else 'packed before the training'}",
         "then:",
-        f"  python recipes/measure_bridges.py --bridge {out}",
+        f"  python recipes/measure_bridges.py --bridge {out} --corpus {' '.join(corpus)}",
         f"  python recipes/prune_circuit.py --model {out} --task {words}",
         f"  python recipes/steer.py --bridge {out} --task {words}",
     ]

@@ -60,6 +60,8 @@ class Options:
 def edit_circuit(options: Options) -> None:
     """Load, edit, account, save, print."""
     check_free(options.out, "model", replace=True)
+    if options.model and options.bridge != NO_BRIDGE:
+        raise ValueError("model: the models are those of --bridge; allowed is one of the two")
     given = {name: getattr(options, name) for name in ("op", "nodes", "factor", "value")}
     config = replace(options.edit, **{name: value for name, value in given.items() if value not in (None, ())})
     circuit = Circuit.load(options.circuit)

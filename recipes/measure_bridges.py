@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     tokenizer = load_tokenizer(folder)
     rivals = load_rivals(dense, tokenizer, unrelated=options.unrelated, kl_only=options.kl_only)
     tokens = options.out.with_name(options.out.name + ".tokens")
-    data = prepare(options.corpus, tokens, tokenizer=tokenizer, seed=options.seed)
+    data = prepare(options.corpus, tokens, tokenizer=tokenizer, seed=options.seed, replace=True)
     train = windows(data.train, options.context, FITTED_WINDOWS)
     heldout = windows(data.heldout, options.context, options.windows)
     metrics = measure(

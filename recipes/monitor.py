@@ -2,14 +2,14 @@
 
     python recipes/monitor.py --circuit FILE --input "print('hello')"
     cat code.py | python recipes/monitor.py --circuit FILE --input - --colour
-    python recipes/monitor.py --circuit FILE --input code.py --html page.html
     python recipes/monitor.py --circuit STUDENTS_CIRCUIT --bridge student --input -      # watches the dense model
     python recipes/monitor.py --circuit FILE --evaluate report.json                      # how well does it tell?
 
 Each line holds token, id, strength (0 to 3: how far the circuit's nodes are from what they usually are), lean (towards
 which answer, in logits) and flag (the signal is above what a share --fpr of held-out text exceeds). Over a bridge the
 dense model alone runs, read by the encoder rows that the circuit needs. --save keeps the calibrated watch as a file,
-which distill.circuits.live plugs into generate. Expect 10 seconds before the first line; --evaluate takes a minute.
+which distill.circuits.live plugs into generate; --html writes a page. Expect 10 seconds before the first line, and a
+minute for --evaluate.
 """
 
 from collections.abc import Sequence
@@ -67,6 +67,8 @@ def monitor(options: Options) -> None:
     """Calibrate; watch, or evaluate."""
     if options.input is None and options.evaluate is None and options.save is None:
         raise ValueError("input: missing; give a text, a file or -, or one of --evaluate and --save")
+    if options.model and options.bridge != NO_BRIDGE:
+        raise ValueError("model: the models are those of --bridge; allowed is one of the two")
     circuit, shape = Circuit.load(options.circuit), {"fpr": options.fpr, "signal": options.signal, "seed": options.seed}
     task, device = find_task(circuit, options.task), str(command.pick_device(options.device))
     if options.bridge == NO_BRIDGE:
@@ -80,14 +82,13 @@ def monitor(options: Options) -> None:
         watch.save(options.save)
     if options.evaluate is not None:
         code = labelled_code(subject.tokenizer, options.code, length=min(subject.model.context, 128))
-        own = circuit if options.bridge == NO_BRIDGE else None
-        found = evaluation(watch, subject, task, code=code, circuit=own, seed=options.seed)
+        own = {"circuit": circuit if options.bridge == NO_BRIDGE else None, "seed": options.seed}
+        found = evaluation(watch, subject, task, code=code, **own)
         write_record(options.evaluate, found)
         print(report(found))
-    if options.input is None:
-        return
-    records = watched(watch, subject.model, subject.tokenizer, texts_of(options.input))
-    show(records, watch, colour=options.colour, page=options.html)
+    if options.input is not None:
+        records = watched(watch, subject.model, subject.tokenizer, texts_of(options.input))
+        show(records, watch, colour=options.colour, page=options.html)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ class Setting:
     config: CompareConfig = field(default_factory=CompareConfig)
     """How circuits are searched for and judged."""
     circuits: Path
-    """Folder that keeps the circuits, so that no two results search for the same."""
+    """Folder that keeps the circuits by result, so that a rerun does not search for them again."""
     device: str = "cpu"
     """Where the models are."""
 

@@ -45,7 +45,8 @@ def string_spans(text: str) -> list[tuple[int, int, int]]:
     UNKNOWN and all of their lines. ValueError for a text that Python cannot tokenize.
     """
     starts = [0]
-    for line in text.splitlines(keepends=True):
+    # As tokenize counts lines: str.splitlines ends them at form feeds as well.
+    for line in io.StringIO(text, newline=""):
         starts.append(starts[-1] + len(line))
     found: list[tuple[int, int, int]] = []
     try:
@@ -85,7 +86,6 @@ def label_tokens(
     at = torch.tensor([first for first, _ in offsets], dtype=torch.long)
     inside, begun = kind[at], opened[at]
     closes = torch.tensor([bool(ends[first:last].any()) for first, last in offsets])
-    inside = torch.where(closes & (inside == OUTSIDE), OUTSIDE, inside)
     since = torch.full_like(at, -1)
     count, current = 0, -1
     for place, (label, start) in enumerate(zip(inside.tolist(), begun.tolist(), strict=True)):

@@ -18,8 +18,8 @@ both to first order in the whole model. Then at every token
     lean     = sum_c slope_c z_c                                         towards which answer they stand, in logits
 
 A token is flagged where the signal (strength, or |lean|) is above a threshold that a share `fpr` of corpus tokens
-exceeds. The corpus holds text on which the circuit is rightly at work; so `fpr` is the rate of flags on the corpus,
-which bounds that of false ones.
+exceeds. The corpus holds text on which the circuit is rightly at work: `fpr` is the rate of all flags there, the right
+ones among them.
 
 What is read are nodes of the model itself, or linear read-outs of its residual stream (`rows`): a dense model is
 watched by those rows of its bridge's encoders that belong to its student's circuit, without the encoders' AbsTopK,

@@ -29,9 +29,14 @@ def test_moves_are_geometric_means_over_circuits() -> None:
         "b": {"sparse": found(100, 200), "dense": found(100, 100)},
     }
     check = budget_check(rows, ["a", "b"])
-    assert check["models"]["sparse"] == {"moved": pytest.approx(0.0), "moved_pruned": 0.0, "worst": 1.0, "circuits": 2}
+    assert check["models"]["sparse"] == {
+        "moved": pytest.approx(0.0), "moved_pruned": 0.0, "typical": pytest.approx(1.0), "worst": 1.0, "circuits": 2,
+    }  # fmt: skip
     assert check["models"]["dense"]["moved"] == pytest.approx(1.04**0.5 - 1)
-    assert check["holds"] and check["limit"] == 0.1
+    # One halved, one doubled: no move on average, and yet far from settled.
+    assert not check["holds"] and check["limit"] == 0.1
+    calm = {"a": {"sparse": found(100, 95), "dense": found(100, 104)}}
+    assert budget_check(calm, ["a"])["holds"]
     # sqrt(104/50 * 100/200).
     assert check["edge_ratio_geomean"] == pytest.approx((2.08 * 0.5) ** 0.5)
     assert not budget_check({"a": rows["a"]}, ["a"])["holds"]

@@ -95,6 +95,17 @@ def test_what_is_taken_out_is_constant_afterwards(
     torch.testing.assert_close(along, torch.full_like(along, 2.0 * float(column @ column)), atol=1e-5, rtol=1e-5)
 
 
+def test_a_read_is_held_at_the_value_whatever_writes_stand_before_it(
+    dense: DenseModel, bridges: Bridges, means: dict[str, Tensor], windows: Tensor
+) -> None:
+    edit = carry("clamp", ["1.attn.act_in.5"], bridges, means, value=2.0)
+    edited = edit.apply(dense)
+    written = run(edited, windows, stop="1.resid_in") - run(edited, windows, stop="0.resid_in")
+    column = bridges.decoder_matrix("1.resid_in")[:, 5]
+    along = written @ column
+    torch.testing.assert_close(along, torch.full_like(along, 2.0 * float(column @ column)), atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_added_is_there_once(
     dense: DenseModel, bridges: Bridges, means: dict[str, Tensor], windows: Tensor
 ) -> None:

@@ -1,4 +1,4 @@
-"""Published results rerun: the measures by hand, and every one of them on tiny models."""
+"""Published results rerun: the measures by hand."""
 
 import json
 from pathlib import Path

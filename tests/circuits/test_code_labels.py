@@ -46,3 +46,8 @@ def test_strings_side_by_side_are_counted_anew() -> None:
 def test_what_is_no_python_is_refused() -> None:
     with pytest.raises(ValueError, match="no Python that can be tokenized"):
         string_spans("x = (")
+
+
+def test_a_form_feed_ends_no_line() -> None:
+    text = "a = 1\f\nb = 'yy'\n"
+    assert [text[first:last] for first, last, _ in string_spans(text)] == ["yy"]

@@ -9,7 +9,7 @@
 
 static const int BLOCK = 64;             // tokens per word of a mask
 static const int VECTORS = BLOCK / LANES;
-static const int64_t GROUP = 4096;       // rows per job, at most: their places stay in a core's cache
+static const int64_t GROUP = 8192;       // rows per job, at most: their places stay in a core's cache
 static const int64_t LEAST_GROUP = 128;  // and at least
 static const int64_t AHEAD = 8;          // rows from the one at work to the one that is fetched
 static const int64_t CHUNK = 1 << 14;    // places per piece of a pass
