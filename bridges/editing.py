@@ -11,10 +11,10 @@ part of d in the span U of these columns becomes
 
 which is a change of the matrix that makes the write and of its bias, exact in models without AbsTopK. m is the mean of
 the write (`ablate`, `scale`) or, in the last of a node's writes, sum_c value G_i[:, c] (`clamp`), so factor 0 takes the
-direction out of the write, or holds it at the value; `add` puts value G_i[:, c] on top and takes nothing out. A write `resid_delta` stands for the
-same write of the dense model, a read `act_in` for every write before it. What the embedding writes is left alone, as
-its matrix is the unembedding too. Other nodes (q, k, v, neurons) have no counterpart in the dense stream; nor have
-edges.
+direction out of the write, or holds it at the value; `add` puts value G_i[:, c] on top and takes nothing out. A write
+`resid_delta` stands for the same write of the dense model, a read `act_in` for every write before it. What the
+embedding writes is left alone, as its matrix is the unembedding too. Other nodes (q, k, v, neurons) have no counterpart
+in the dense stream; nor have edges.
 """
 
 import copy

@@ -8,8 +8,7 @@
 Each line holds token, id, strength (0 to 3: how far the circuit's nodes are from what they usually are), lean (towards
 which answer, in logits) and flag (the signal is above what a share --fpr of held-out text exceeds). Over a bridge the
 dense model alone runs, read by the encoder rows that the circuit needs. --save keeps the calibrated watch as a file,
-which distill.circuits.live plugs into generate; --html writes a page. Expect 10 seconds before the first line, and a
-minute for --evaluate.
+which distill.circuits.live plugs into generate; --html writes a page. Expect 10 seconds, or a minute with --evaluate.
 """
 
 from collections.abc import Sequence
