@@ -82,7 +82,7 @@ class _Stream:
         )
 
 
-_WRONG = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError)  # what misfits come to
+_WRONG = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 
 
 class Standalone(nn.Module):
@@ -425,8 +425,6 @@ class Standalone(nn.Module):
         return ops.scaled(
             residual, scale, self._tensor("final/gain"), self._find("final/bias"), center=self.head.center
         )
-
-    # The file.
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file that needs no model to be read. Returns the path."""

@@ -49,7 +49,7 @@ def load_torch(path: str | Path, *, what: str, max_bytes: int = MAX_BYTES) -> An
             damaged = archive.testzip() if checked and not packed else None
     except ArtifactError:
         raise
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, LookupError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, LookupError, OSError, EOFError, RuntimeError) as error:
         raise ArtifactError(f"{path}: is no readable {what}: {error}") from None
     # torch.save packs nothing; what is packed could unfold to any size.
     if packed or sum(entry.file_size for entry in entries) > size:

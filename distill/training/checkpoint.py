@@ -141,10 +141,12 @@ def load_checkpoint(
     if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in weights.items()}:
         names = sorted(set(current) ^ set(weights)) or [n for n in current if current[n].shape != weights[n].shape]
         raise ArtifactError(f"{path / WEIGHTS}: was made by other modules, they differ in {names[0]!r}")
+    by_name = dict(modules.named_parameters())
+    if strangers := {key.rpartition("/")[0] for key in moments} - by_name.keys():
+        raise ArtifactError(f"{path / MOMENTS}: holds moments of {min(strangers)!r}, which is no parameter")
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(_like(weights[name], tensor))
-    by_name = dict(modules.named_parameters())
     optimizer.state.clear()
     for key, tensor in moments.items():
         name, _, slot = key.rpartition("/")
