@@ -121,15 +121,16 @@ def node_place(node: str, n_layer: int) -> tuple[str, tuple[str, ...]]:
     return site, tuple(writes)
 
 
-def carried(nodes: Sequence[str], n_layer: int) -> list[str]:
-    """Those of the nodes that have a counterpart in the dense model's writes."""
+def carried(nodes: Sequence[str], bridges: Bridges) -> list[str]:
+    """Those of the nodes that have a counterpart in the dense model's writes; channels that hold positions have none."""
     found = []
     for node in nodes:
         try:
-            node_place(node, n_layer)
+            node_place(node, bridges.shape.n_layer)
         except ValueError:
             continue
-        found.append(node)
+        if split_node(node)[1] < bridges.shape.d_sparse:
+            found.append(node)
     return found
 
 
@@ -238,4 +239,4 @@ def bridged_maker(dense: Subject, student: Subject, bridges: Bridges, circuit: C
         generator = torch.Generator().manual_seed(config.seed)
         return [make(names_of(one)) for one in random_sets(nodes, student.means, count, generator)]
 
-    return Maker(candidates=carried(circuit.node_names, dense.model.n_layer), make=make, random=random)
+    return Maker(candidates=carried(circuit.node_names, bridges), make=make, random=random)

@@ -30,7 +30,7 @@ it at the cost of another channel.
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -50,6 +50,7 @@ Op = Literal["ablate", "scale", "clamp", "cut-edges"]
 OPS: tuple[Op, ...] = ("ablate", "scale", "clamp", "cut-edges")
 Model = TypeVar("Model", SparseTransformer, DenseModel)
 READ_BY_MAPS = ("attn.act_in", "mlp.act_in", "mlp.post_act")
+NO_BIAS = "{name}: the maps that its constant would go into have no bias; exact is to clamp at 0"
 _EDGE = re.compile(r"(?P<source>[^>\s]+)->(?P<target>[^>\s]+)")
 
 
@@ -99,6 +100,8 @@ class ModelEdit:
         names = [change.node for change in self.changes]
         if len(set(names)) < len(names):
             raise ValueError(f"nodes: got {sorted(names)}, allowed is each node once")
+        if both := {cut.target for cut in self.cuts} & set(names):
+            raise ValueError(f"nodes: {min(both)} is changed and has an edge cut into it; allowed is one or the other")
         for change in self.changes:
             if not change.competition and change.factor != 0:
                 raise ValueError(f"factor: got {change.factor} for {change.node} out of competition, allowed is 0")
@@ -117,15 +120,18 @@ class ModelEdit:
             if (source, target) not in matrices or float(matrices[source, target][j, i]) == 0:
                 raise ValueError(f"edge: {cut.source}->{cut.target} is no weight of this model")
         if not self.inexact:
-            parts = anatomy(model)
-            for one in (*self.changes, *self.cuts):
-                if reason := _obstacle(parts, one):
-                    raise InexactError(reason)
+            for reason in self._obstacles(model):
+                raise InexactError(reason)
 
     def exact(self, model: Runnable) -> bool:
         """Whether weights and biases of this model stand for all of the edit."""
-        parts = anatomy(model)
-        return not any(_obstacle(parts, one) for one in (*self.changes, *self.cuts))
+        return next(self._obstacles(model), None) is None
+
+    def _obstacles(self, model: Runnable) -> Iterator[str]:
+        parts, maps = anatomy(model), _maps(model)
+        for one in (*self.changes, *self.cuts):
+            if reason := _obstacle(parts, one) or _unbiased(model, parts, maps, one):
+                yield reason
 
     def tap(self, model: Runnable) -> Tap:
         """A tap under which `model` computes what the edited model does, where the edit is exact."""
@@ -240,7 +246,8 @@ def parse_edge(name: str) -> tuple[str, str]:
 
 def obstacle(model: Runnable, one: Change | Cut) -> str | None:
     """Why a change or cut of this model is not exact, in words; None where it is."""
-    return _obstacle(anatomy(model), one)
+    parts = anatomy(model)
+    return _obstacle(parts, one) or _unbiased(model, parts, _maps(model), one)
 
 
 def _obstacle(parts: Anatomy, one: Change | Cut) -> str | None:
@@ -269,6 +276,30 @@ def _obstacle(parts: Anatomy, one: Change | Cut) -> str | None:
     )
 
 
+def _unbiased(
+    model: Runnable, parts: Anatomy, maps: Mapping[tuple[str, str], Sequence["_Map"]], one: Change | Cut
+) -> str | None:
+    """Why a constant cannot go into a dense model's maps that have no bias; a sparse model would get some."""
+    if isinstance(model, SparseTransformer) or (one.shift if isinstance(one, Change) else one.value) == 0:
+        return None
+    if isinstance(one, Cut):
+        name, found = one.source, maps[split_node(one.source)[0], split_node(one.target)[0]]
+    else:
+        name, location = one.node, split_node(one.node)[0]
+        end = 0 if _behind(parts, one) else 1
+        found = [each for ends, several in maps.items() if ends[end] == location for each in several]
+    return NO_BIAS.format(name=name) if any(each.bias is None for each in found) else None
+
+
+def _behind(parts: Anatomy, change: Change) -> bool:
+    """Whether a change goes into the maps that read its node, and not into those that make it."""
+    location = split_node(change.node)[0]
+    kind, topk = kind_of(location), parts.kept[location] is not None
+    sink = parts.layers[layer_of(location)].sink is not None
+    # Where values are shared by heads (grouped-query attention) one row makes what several columns read.
+    return kind in READ_BY_MAPS or (kind == "attn.v" and topk and (change.shift == 0 or not sink))
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +315,7 @@ class _Map:
         if self.bias is not None:
             self.bias[rows] += what
         elif bool((what != 0).any()):
-            raise InexactError(f"{name}: the maps that its constant would go into have no bias; exact is to clamp at 0")
+            raise InexactError(NO_BIAS.format(name=name))
 
 
 def _maps(model: Runnable) -> dict[tuple[str, str], list[_Map]]:
@@ -332,10 +363,7 @@ def _fold(model: Runnable, maps: Mapping[tuple[str, str], list[_Map]], change: C
     """One change, into the maps that read the node where that is exact, else into those that make it."""
     location, channel = split_node(change.node)
     kind, topk = kind_of(location), parts.kept[location] is not None
-    sink = parts.layers[layer_of(location)].sink is not None
-    # Where values are shared by heads (grouped-query attention) one row makes what several columns read.
-    behind = kind in READ_BY_MAPS or (kind == "attn.v" and topk and (change.shift == 0 or not sink))
-    if behind:
+    if _behind(parts, change):
         for (source, _), readers in maps.items():
             for one in readers if source == location else ():
                 one.add(slice(None), one.weight[:, channel] * change.shift, change.node)

@@ -85,6 +85,9 @@ class Event:
     """Whether the signal is above the threshold."""
 
 
+ANEW = "a live watch follows one generate: enter it anew for the next"
+
+
 class LiveWatch(StoppingCriteria):
     """A watch that is plugged into `generate` and logs, stops, or steers when its flag rises.
 
@@ -98,8 +101,9 @@ class LiveWatch(StoppingCriteria):
             `{i}.resid_in` and `final_resid`.
         prompt: whether flags on the prompt count too.
 
-    CircuitMismatchError for another model; ValueError for steering without a tap, or a tap without steering. Beam
-    search exchanges the sequences of a batch between tokens and is not supported.
+    One `with` is for one `generate`; a second one in it is refused. With `use_cache=False` a pass reads the earlier
+    tokens again, and steers them too. CircuitMismatchError for another model; ValueError for steering without a tap, or
+    a tap without steering. Beam search exchanges the sequences of a batch between tokens and is not supported.
     """
 
     def __init__(
@@ -140,8 +144,11 @@ class LiveWatch(StoppingCriteria):
         return x
 
     def _note(self, values: Float[Tensor, "B T n"]) -> None:
-        first = self._seen == 0
-        if values.shape[1] > self._seen:
+        first, length = self._seen == 0, values.shape[1]
+        # With a cache a pass reads one token more, without one the whole text and one more.
+        if not first and length not in (1, self._seen + 1):
+            raise ValueError(f"generate: a pass reads {length} tokens after {self._seen}; {ANEW}")
+        if length > self._seen:
             # Without a cache every pass reads the whole text again.
             values = values[:, self._seen :]
         scores = self.watch.scores(values)
@@ -166,6 +173,8 @@ class LiveWatch(StoppingCriteria):
         self, input_ids: Int[Tensor, "B T"], scores: Any, **kwargs: Any
     ) -> Bool[Tensor, " B"]:
         """For `generate`: which sequences have come to their end."""
+        if self._seen != input_ids.shape[1] - 1:
+            raise ValueError(f"generate: wrote {input_ids.shape[1]} tokens, and {self._seen} were read; {ANEW}")
         if self.action != "stop" or len(self.raised) != len(input_ids):
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return self.raised.to(input_ids.device)

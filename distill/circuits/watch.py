@@ -43,6 +43,7 @@ from distill.circuits.editing import constants
 from distill.circuits.masks import Nodes
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, TaskBatch, encode
+from distill.fields import check_fields
 from distill.model.run import Runnable
 from distill.model.sites import Record, node_locations, split_node
 
@@ -254,6 +255,7 @@ class Watch:
     def load(cls, path: str | Path) -> "Watch":
         """Reads what `save` wrote. ArtifactError for anything else."""
         tensors, head = load_tensors(Path(path), kind="watch")
+        check_watch(path, tensors, head)
         try:
             return cls(
                 mean=tensors["mean"],
@@ -268,6 +270,39 @@ class Watch:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: is no whole watch, {error} is missing or of the wrong kind") from error
+
+
+def check_watch(path: str | Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> None:
+    """ArtifactError where what a file holds is no watch: fields, shapes, ranges."""
+    kinds = {name: str for name in PLAIN} | {"fpr": float, "threshold": float, "provenance": dict, "names": list}
+    check_fields(path, head, kinds)
+    names, n = head["names"], len(head["names"])
+    for name in names:
+        if not isinstance(name, str):
+            raise ArtifactError(f"{path}: names holds {name!r}, allowed are names of nodes")
+    if head["signal"] not in SIGNALS or not 0 < head["fpr"] < 1:
+        raise ArtifactError(
+            f"{path}: signal {head['signal']!r} at a rate of {head['fpr']}; allowed are {SIGNALS}, 0 to 1"
+        )
+    wanted = {name: (n,) for name in ("mean", "spread", "effect", "slope")}
+    wanted |= {"offset": (n,)} if "offset" in tensors else {}
+    for name, shape in wanted.items():
+        one = tensors.get(name)
+        if one is None or one.shape != shape or not one.is_floating_point() or not bool(one.isfinite().all()):
+            raise ArtifactError(f"{path}: {name} is no row of {n} finite numbers")
+    if n == 0 or bool((tensors["spread"] <= 0).any()):
+        raise ArtifactError(f"{path}: spread must be above 0, for one node or more")
+    rows, places = _under("rows", tensors), _under("places", tensors)
+    seen = torch.cat([place.reshape(-1) for place in places.values()]).tolist() if places else list(range(n))
+    fits = rows.keys() == places.keys() and bool(rows) == ("offset" in tensors) and sorted(seen) == list(range(n))
+    if not fits or any(row.dim() != 2 or len(row) != len(places[site]) for site, row in rows.items()):
+        raise ArtifactError(f"{path}: rows and places do not say where each of the {n} numbers is read")
+    if not rows:
+        for name in names:
+            try:
+                split_node(name)
+            except ValueError as error:
+                raise ArtifactError(f"{path}: {error}") from error
 
 
 def _under(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
