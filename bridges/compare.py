@@ -7,7 +7,7 @@ pruning never saw; and the ratio of sizes, dense over sparse, as a geometric mea
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,16 @@ def compare(
     tasks: Sequence[Task],
     config: CompareConfig,
     *,
-    known: Mapping[tuple[str, str], Circuit] | None = None,
+    known: Mapping[tuple[str, str], Sequence[Circuit]] | None = None,
+    keep: Callable[[Circuit], object] | None = None,
     beside: Sequence[Subject] = (),
 ) -> Comparison:
     """Prunes every subject on every task and puts the circuits side by side.
 
     `known` are circuits by (task, name of the model), as an earlier comparison saved them (`known_circuits`): one that
-    belongs to the model and meets the same target is taken instead of being searched for again. `beside` are models
-    whose losses token by token are looked at, and nothing else: another seed of the dense model says what agreement to
-    expect.
+    belongs to the model and meets the same target is taken instead of being searched for again. `keep` is handed every
+    circuit as soon as a search has found it. `beside` are models whose losses token by token are looked at, and nothing
+    else: another seed of the dense model says what agreement to expect.
 
     Subjects named `sparse`, `sparse_2`, ... and `dense`, `dense_2`, ... are the pair of the ratio. A task that a model
     cannot do keeps its row with a reason. ValueError for names that stand twice or mean something else, and where a
@@ -130,7 +131,7 @@ def compare(
     circuits: dict[tuple[str, str], Circuit] = {}
     with tqdm(total=len(tasks) * len(subjects), desc="circuits", unit="circuit") as bar:
         for task in tasks:
-            rows[task.name], found = _compare_task(subjects, task, config, bar, known or {}, trials)
+            rows[task.name], found = _compare_task(subjects, task, config, bar, known or {}, keep, trials)
             circuits.update({(task.name, name): circuit for name, circuit in found.items()})
     record = {
         "models": models,
@@ -172,7 +173,8 @@ def _compare_task(
     task: Task,
     config: CompareConfig,
     bar: tqdm,
-    known: Mapping[tuple[str, str], Circuit],
+    known: Mapping[tuple[str, str], Sequence[Circuit]],
+    keep: Callable[[Circuit], object] | None,
     trials: Mapping[str, Mapping[str, tuple[TaskBatch, float]]],
 ) -> tuple[dict[str, Any], dict[str, Circuit]]:
     tests = {subject.name: trials[subject.name][task.name][0] for subject in subjects}
@@ -191,7 +193,8 @@ def _compare_task(
             row[subject.name]["reason"] = f"the full model cannot do the task (able: under {config.able} nats)"
         else:
             settings = _settings(config, target, able, losses[subject.name])
-            circuit = _circuit(subject, task, settings, row[subject.name], known.get((task.name, subject.name)))
+            earlier = known.get((task.name, subject.name), ())
+            circuit = _circuit(subject, task, settings, row[subject.name], earlier, keep)
             if circuit is not None:
                 circuits[subject.name] = circuit
                 others = {
@@ -254,10 +257,13 @@ def empty_losses(subject: Subject, task: Task, batch: TaskBatch, config: Compare
     return {"loss_empty": loss_empty(subject.model, subject.means, batch), "loss_empty_calibrated": after}
 
 
-def known_circuits(folder: Path) -> dict[tuple[str, str], Circuit]:
+def known_circuits(folder: Path) -> dict[tuple[str, str], list[Circuit]]:
     """The circuits of an earlier comparison, by task and name of the model. ArtifactError for a damaged one."""
-    found = [Circuit.load(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
-    return {(circuit.task, circuit.model_name): circuit for circuit in found}
+    found: dict[tuple[str, str], list[Circuit]] = {}
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        circuit = Circuit.load(path)
+        found.setdefault((circuit.task, circuit.model_name), []).append(circuit)
+    return found
 
 
 def _full_loss(subject: Subject, batch: TaskBatch) -> float:
@@ -278,16 +284,22 @@ def _settings(config: CompareConfig, target: float, able: Sequence[float], full:
 
 
 def _circuit(
-    subject: Subject, task: Task, settings: PruneConfig, one: dict[str, Any], known: Circuit | None
+    subject: Subject,
+    task: Task,
+    settings: PruneConfig,
+    one: dict[str, Any],
+    known: Sequence[Circuit],
+    keep: Callable[[Circuit], object] | None,
 ) -> Circuit | None:
     """The pruned circuit; where none meets the target, None and the reason among the model's entries."""
     one["target"] = settings.target
     began = time.perf_counter()
     try:
-        circuit = known if _is_wanted(known, subject, settings) else None
-        circuit = circuit or prune(
-            subject.model, task, subject.tokenizer, subject.means, settings, model_name=subject.name
-        )
+        circuit = next((old for old in known if _is_wanted(old, subject, settings)), None)
+        if circuit is None:
+            circuit = prune(subject.model, task, subject.tokenizer, subject.means, settings, model_name=subject.name)
+            if keep is not None:
+                keep(circuit)
     except TargetError as error:
         one["reason"] = str(error)
         return None
@@ -297,9 +309,9 @@ def _circuit(
     return circuit
 
 
-def _is_wanted(known: Circuit | None, subject: Subject, settings: PruneConfig) -> bool:
+def _is_wanted(known: Circuit, subject: Subject, settings: PruneConfig) -> bool:
     """Whether a circuit found earlier is of this model, met this target, and was searched for by these settings."""
-    if known is None or known.model != subject.model.fingerprint():
+    if known.model != subject.model.fingerprint():
         return False
     if not math.isclose(known.target, settings.target, rel_tol=1e-6):
         return False

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bridges.editing import DirectionEdit, directed, node_place
+from bridges.editing import POOL, DirectionEdit, check_config, directed, moving_alike, node_place, write_moments
 from bridges.maps import Bridges, check_bridges
 from bridges.subspace import live_channels
 from distill.circuits.circuit import Circuit
@@ -87,12 +87,15 @@ def carry_contrast(
 def contrast_maker(
     dense: Subject, student: Subject, bridges: Bridges, circuit: Circuit, task: Task, config: EditConfig
 ) -> Maker:
-    """Edits of a dense model by the contrast of its student's circuit; random ones by the contrast of random nodes, as
-    many and as active at every location.
+    """Edits of a dense model by the contrast of its student's circuit, and random ones by the contrast of random nodes.
 
+    These are as many and as active, in the student, as all of the circuit's nodes, at every location; and of `POOL`
+    times as many sets those are taken whose edits move the dense model's writes most nearly as much
+    (`bridges.editing.moved`). Random nodes differ less between the classes, so that the nearest may still move less.
     CircuitMismatchError unless the circuit is the student's; ValueError for what does not fit together.
     """
     circuit.check(student.model)
+    check_config(config)
     model = student.model
     check_bridges(bridges, n_layer=dense.model.n_layer, d_dense=dense.model.d_model, d_sparse=model.d_model)
     if not task.oriented:
@@ -105,8 +108,11 @@ def contrast_maker(
         return partial(_make, config, bridges, values, found, live)
 
     def random(edit: AnyEdit, count: int) -> list[DirectionEdit]:
+        assert isinstance(edit, DirectionEdit), edit
         generator = torch.Generator().manual_seed(config.seed)
-        return [maker_of(nodes)(edit.names) for nodes in random_sets(circuit.nodes, student.means, count, generator)]
+        drawn = random_sets(circuit.nodes, student.means, POOL * count, generator)
+        pool = [maker_of(nodes)(edit.names) for nodes in drawn]
+        return moving_alike(edit, pool, write_moments(dense, list(edit.bases)), count)
 
     make = maker_of(circuit.nodes)
     there = [name for name in found if make([name]).bases]

@@ -18,6 +18,7 @@ in the dense stream; nor have edges.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -40,6 +41,8 @@ from distill.model.sites import Edit, Tap, kind_of, layer_of, residual_sites, sp
 
 Op = Literal["ablate", "scale", "clamp", "add"]
 OPS: tuple[Op, ...] = get_args(Op)
+POOL = 10
+"""Random sets that are drawn for each that is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def node_place(node: str, n_layer: int) -> tuple[str, tuple[str, ...]]:
 
 
 def carried(nodes: Sequence[str], bridges: Bridges) -> list[str]:
-    """Those of the nodes that have a counterpart in the dense model's writes; channels that hold positions have none."""
+    """Those of the nodes that have a counterpart in the dense model's writes; channels of positions have none."""
     found = []
     for node in nodes:
         try:
@@ -219,12 +222,75 @@ def orthonormal(columns: Float[Tensor, "D n"]) -> Float[Tensor, "D d"]:
     return left[:, size > 1e-6 * size.max().clamp_min(1e-30)]
 
 
+# --- random edits that move as much -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_moments(
+    dense: Subject, writes: Sequence[str], *, windows: int = 32
+) -> dict[str, tuple[Float[Tensor, "D"], Float[Tensor, "D D"]]]:
+    """Mean and covariance of some writes of a dense model over windows of its held-out text, spread over it."""
+    model, sums, squares, count = dense.model, {}, {}, 0
+
+    def add(site: str, x: Tensor, /) -> Tensor:
+        if site in writes:
+            rows = x.detach().double().flatten(0, -2)
+            sums[site] = sums.get(site, 0) + rows.sum(0).cpu()
+            squares[site] = squares.get(site, 0) + (rows.T @ rows).cpu()
+        return x
+
+    device = next(model.parameters()).device
+    rows = torch.linspace(0, len(dense.sample) - 1, min(windows, len(dense.sample))).round().long()
+    for part in dense.sample[rows, :-1].split(16):
+        model.run(part.to(device), tap=add, stop="final_resid")
+        count += part.numel()
+    means = {write: total / count for write, total in sums.items()}
+    return {write: (mean, squares[write] / count - mean[:, None] * mean) for write, mean in means.items()}
+
+
+def moved(edit: DirectionEdit, moments: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Root of the mean square of what an edit changes of the writes, over tokens, summed over writes: exactly that of
+    (factor - 1) U U^T d + shift, d with these moments, and all other writes as they were."""
+    total = 0.0
+    for write, basis in edit.bases.items():
+        (mean, covariance), u = moments[write], basis.double()
+        steady = (edit.factor - 1) * u @ (u.T @ mean) + edit.shifts[write].double()
+        total += (edit.factor - 1) ** 2 * float((u * (covariance @ u)).sum()) + float(steady @ steady)
+    return max(total, 0.0) ** 0.5
+
+
+def moving_alike(
+    edit: DirectionEdit, pool: Sequence[DirectionEdit], moments: Mapping[str, tuple[Tensor, Tensor]], count: int
+) -> list[DirectionEdit]:
+    """The `count` edits of a pool that move most nearly as much as `edit`, by the ratio."""
+    wanted = moved(edit, moments)
+
+    def away(one: DirectionEdit) -> float:
+        found = moved(one, moments)
+        return abs(math.log(found / wanted)) if found > 0 and wanted > 0 else float("inf")
+
+    return sorted(pool, key=away)[:count]
+
+
+def check_config(config: EditConfig) -> None:
+    """ValueError for settings of AbsTopK, which a dense model does not have."""
+    if not config.competition:
+        raise ValueError("competition: a dense model has no AbsTopK to compete for; leave it as it is over a bridge")
+    if config.inexact:
+        raise ValueError("inexact: every edit over a bridge is exact; leave it as it is")
+
+
 def bridged_maker(dense: Subject, student: Subject, bridges: Bridges, circuit: Circuit, config: EditConfig) -> Maker:
-    """Edits of a dense model by nodes of its student's circuit; random ones by as many nodes of the student as active.
+    """Edits of a dense model by nodes of its student's circuit, and random ones.
+
+    Of `POOL` times as many random sets, as many nodes at every location of the student and as active there, those are
+    taken whose edits move the dense model's writes most nearly as much (`moved`): what is active in the student need
+    not be so in the dense model.
 
     CircuitMismatchError unless the circuit is the student's; ValueError for what does not fit together.
     """
     circuit.check(student.model)
+    check_config(config)
     check_bridges(bridges, n_layer=dense.model.n_layer, d_dense=dense.model.d_model, d_sparse=student.model.d_model)
     values = constants(dense.means)
 
@@ -236,7 +302,11 @@ def bridged_maker(dense: Subject, student: Subject, bridges: Bridges, circuit: C
         for name in edit.names:
             location, channel = split_node(name)
             nodes[location][channel] = True
+        assert isinstance(edit, DirectionEdit), edit
         generator = torch.Generator().manual_seed(config.seed)
-        return [make(names_of(one)) for one in random_sets(nodes, student.means, count, generator)]
+        drawn = [names_of(one) for one in random_sets(nodes, student.means, POOL * count, generator)]
+        # A channel of positions may be drawn, which stands for nothing in the dense model.
+        pool = [make(names) for names in drawn if len(carried(names, bridges)) == len(names)]
+        return moving_alike(edit, pool, write_moments(dense, list(edit.bases)), count)
 
     return Maker(candidates=carried(circuit.node_names, bridges), make=make, random=random)

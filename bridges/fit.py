@@ -196,7 +196,7 @@ def fit_bridges(
     if resume:
         _check_settings(folder, settings)
         check_place(folder)
-    fitted = _training_windows(data, training, FITTED_WINDOWS)
+    fitted = training_windows(data, training, FITTED_WINDOWS)
     bridges, skip_first = _prepare(dense, student, fitted, config, batch)
     teacher = None
     if targets is not None:
@@ -227,7 +227,7 @@ def fit_bridges(
         loop: dict[str, Any] = {"evaluate": evaluate, "resume": resume, "provenance": provenance, "engine": engine}
         history = train(modules, objective, batches, training, folder, sparse=sparse, **loop)
         options: dict[str, Any] = {"train": fitted, "rivals": rivals, "skip_first": skip_first, "batch": batch}
-        bigram = bigram_loss(_counted(data, training), heldout, vocab_size=dense.vocab_size)
+        bigram = bigram_loss(counted(data, training), heldout, vocab_size=dense.vocab_size)
         metrics = measure(dense, student, bridges, heldout, bigram_ce=bigram, **options)
         made = Fit(student=student.eval(), bridges=bridges.eval(), metrics=metrics, history=history)
         if engine.is_main_process:
@@ -274,7 +274,7 @@ def _batches(data: TokenData | Stream, training: TrainConfig) -> Batches:
     return data.batches(batch=training.batch, context=training.context, seed=training.seed)
 
 
-def _training_windows(data: TokenData | Stream, training: TrainConfig, number: int) -> Int[Tensor, "n T1"]:
+def training_windows(data: TokenData | Stream, training: TrainConfig, number: int) -> Int[Tensor, "n T1"]:
     """Windows to train on, from the start: at most so many of packed text, at least so many of streamed text."""
     if isinstance(data, TokenData):
         return windows(data.train, training.context, number)
@@ -283,9 +283,9 @@ def _training_windows(data: TokenData | Stream, training: TrainConfig, number: i
     return torch.cat([batches.rows(step, 0, 1) for step in range(steps)])
 
 
-def _counted(data: TokenData | Stream, training: TrainConfig) -> np.ndarray:
-    """What a bigram model is counted on."""
-    return data.train if isinstance(data, TokenData) else _training_windows(data, training, BIGRAM_WINDOWS).numpy()
+def counted(data: TokenData | Stream, training: TrainConfig) -> np.ndarray:
+    """What a bigram model is counted on: packed text, or the start of a stream, windows of it as rows."""
+    return data.train if isinstance(data, TokenData) else training_windows(data, training, BIGRAM_WINDOWS).numpy()
 
 
 def _stored(

@@ -73,7 +73,11 @@ class DenseRecord:
         stays as it is.
         """
         path = folder / self.name
-        if not any((place / "config.json").is_file() for place in (path, path / MODEL)):
+        try:
+            there = any((place / "config.json").is_file() for place in (path, path / MODEL))
+        except OSError:  # too long for a name
+            there = False
+        if not there:
             return self
         return replace(self, name=str(path.resolve()))
 

@@ -73,7 +73,8 @@ class Interchanges:
     pairs: int
     """Pairs of equal length that were used, each in both directions."""
     skipped: int
-    """Pairs whose prompts differ in length."""
+    """Pairs passed over: prompts that differ in length, in the batch or in drawing it, and drawn ones that do not fit
+    the tokenizer."""
     accuracy: float | None
     """Accuracy of the dense model on the pairs used; None without any."""
     sites: tuple[Interchange, ...]
@@ -147,7 +148,7 @@ def interchange(
     """
     device = next(dense.parameters()).device
     chosen = batch.aligned.nonzero()[:, 0]
-    skipped = len(batch) // 2 - len(chosen)
+    skipped = batch.dropped + len(batch) // 2 - len(chosen)
     if not len(chosen):
         return Interchanges(pairs=0, skipped=skipped, accuracy=None, sites=())
     batch = batch.take(chosen).to(device)

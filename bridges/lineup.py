@@ -1,16 +1,18 @@
 """The models of a comparison: sparse models, their dense counterparts, a student with bridges and its dense model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bridges.folder import BRIDGES, METRICS_FILE, MODEL, load_bridged
 from bridges.folder import DENSE as DENSE_FILE
-from bridges.folder import MODEL, load_bridged, save_bridged
 from bridges.maps import Bridges
 from bridges.ratios import DENSE, SPARSE, arm_name
-from distill.artifact import fresh_folder, read_manifest
-from distill.circuits.subject import MEANS_FILE, Subject, load_subject, shipped_provenance
+from distill.artifact import fresh_folder, read_manifest, write_json
+from distill.circuits.subject import Subject, load_subject
 from distill.model.load import SHIPPED
+from distill.shipping import as_stored, ship, shipped_provenance
+from distill.training.evaluate import heldout_loss
 
 NO_BRIDGE = "none"
 STUDENT, TEACHER = "student", "dense_gpt2"
@@ -87,25 +89,29 @@ def bridge_folder(bridge: str) -> Path:
     return folder
 
 
-def ship_bridged(folder: Path, out: Path) -> Path:
-    """Copies what `fit_bridges` made to `out`, without checkpoints, the student's ablation values beside it.
+def ship_bridged(folder: Path, out: Path, *, dense: str | None = None, bigram: str = "float16") -> Path:
+    """Copies what `fit_bridges` made to `out`, without checkpoints, the student shipped as any model (`ship`).
 
-    ArtifactError for a folder that is not whole.
+    The metrics are those that were measured where the bridges were fitted: of the student before its table was rounded.
+
+    Args:
+        folder: what `fit_bridges` made, or a shipped one.
+        out: folder to make; an earlier one is replaced.
+        dense: where the dense model is to be found from now on: a folder or a short name; None: where it was.
+        bigram: how the student's bigram table is stored (`SparseTransformer.save_compact`).
+
+    ValueError for a folder that is not whole (`ArtifactError`), and a dense model that is not there or another one.
     """
-    student, bridges, info = load_bridged(folder)
-    provenance = shipped_provenance(read_manifest(folder, "bridge"), "bridge")
+    _, bridges, info = load_bridged(folder)
+    record = info.dense if dense is None else replace(info.dense, name=dense)
+    record.load()
     subject = load_subject(folder / MODEL, name=STUDENT)
+    student = as_stored(subject.model, bigram)
+    measured = {"heldout_loss": heldout_loss(student, subject.sample)}
+    provenance = shipped_provenance(read_manifest(folder, "bridge"), "bridge", measured)
     with fresh_folder(out, provenance, replace=True) as place:
-        save_bridged(
-            place,
-            student,
-            bridges,
-            info.dense,
-            info.metrics,
-            tokenizer=subject.tokenizer,
-            compact=True,
-            sample=subject.sample,
-            provenance=provenance,
-        )
-        subject.means.save(place / MODEL / MEANS_FILE)
+        ship(folder / MODEL, place / MODEL, bigram=bigram)
+        bridges.save(place / BRIDGES)
+        write_json(place / METRICS_FILE, info.metrics)
+        write_json(place / DENSE_FILE, {**record.stored(place), "student": student.fingerprint()})
     return out

@@ -4,7 +4,7 @@ At each of the 2L+1 residual sites an encoder f_i takes the dense stream to the 
 then AbsTopK; a decoder g_i takes the sparse stream to the dense one, a linear map with bias.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,13 +108,30 @@ class Bridges(nn.Module):
         path = Path(folder) / FILE
         tensors, head = load_tensors(path, kind=_KIND)
         try:
-            bridges = cls(BridgeShape(**head["shape"]))
+            shape = BridgeShape(**head["shape"])
+            _check_stored(shape, tensors)
+            bridges = cls(shape)
             for side, maps in (("encode", bridges.encoders), ("decode", bridges.decoders)):
                 for site, linear in zip(bridges.sites, maps, strict=True):
                     linear.load_state_dict({name: tensors[f"{side}/{site}/{name}"] for name in ("weight", "bias")})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{path}: its tensors and its shape are not those of bridges: {error}") from None
         return bridges
+
+
+def _check_stored(shape: BridgeShape, tensors: Mapping[str, Tensor]) -> None:
+    """`ValueError` where tensors are not those of bridges of this shape; makes nothing of the size that it says."""
+    for name, value in asdict(shape).items():
+        if type(value) is not int:
+            raise ValueError(f"{name}: got {value!r}, allowed are whole numbers")
+    if len(tensors) != 4 * (2 * shape.n_layer + 1):
+        raise ValueError(f"n_layer: got {shape.n_layer}, but {len(tensors)} tensors; allowed are 4 a site, 2L+1 sites")
+    for site in residual_sites(shape.n_layer):
+        for side, n_in, n_out in (("encode", shape.d_dense, shape.d_sparse), ("decode", shape.d_sparse, shape.d_dense)):
+            for name, wanted in (("weight", (n_out, n_in)), ("bias", (n_out,))):
+                found = tensors[f"{side}/{site}/{name}"]
+                if found.shape != wanted or not found.is_floating_point():
+                    raise ValueError(f"{side}/{site}/{name}: {found.dtype} {tuple(found.shape)}, allowed is {wanted}")
 
 
 def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:

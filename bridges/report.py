@@ -163,7 +163,7 @@ def crossing_lines(record: Mapping[str, Any]) -> list[str]:
                 f"{task}: interchange of the circuit's {site['channels']} channels goes {best['effect']:.2f} of the "
                 f"way at its best site, {best['site']}{against} (all channels "
                 f"{site['ceiling']:.2f}; each at its best site{control}; {crossed['pairs']} pairs, "
-                f"{crossed['skipped']} of unequal length skipped)"
+                f"{crossed['skipped']} passed over, of unequal length or tokens that do not fit)"
             )
         elif crossed:
             lines.append(f"{task}: no interchange, the dense model is right on {crossed['accuracy'] or 0:.0%} only")

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from bridges.maps import Bridges, check_bridges
 from distill.circuits.circuit import Circuit
+from distill.circuits.detection import weighted
 from distill.circuits.editing import constants
+from distill.circuits.faithfulness.matched import random_sets
+from distill.circuits.masks import Nodes
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, encode
-from distill.circuits.watch import Effects, Watch, node_effects, watch_nodes
+from distill.circuits.watch import Effects, Watch, calibration_rows, node_effects, watch_nodes
 from distill.model.anatomy import anatomy
 from distill.model.sites import kind_of, layer_of, residual_sites, split_node
 
@@ -44,7 +47,8 @@ def shadow_watch(
     windows: int = 128,
     seed: int = 0,
 ) -> Watch:
-    """A watch over a dense model by the circuit of its student, calibrated on the dense model's held-out sample.
+    """A watch over a dense model by the circuit of its student, calibrated on windows of the dense model's held-out
+    sample, spread over it (`calibration_rows`).
 
     Channels that several nodes stand for are read once, by the effect of the strongest of them. CircuitMismatchError
     unless the circuit is the student's; ValueError where no node is in the stream, and as `Watch.calibrated`.
@@ -52,10 +56,43 @@ def shadow_watch(
     circuit.check(student.model)
     model = dense.model
     check_bridges(bridges, n_layer=model.n_layer, d_dense=model.d_model, d_sparse=student.model.d_model)
+    rows, _ = calibration_rows(len(dense.sample), windows)
+    made = {"pairs": pairs, "windows": len(rows), "seed": seed, "student": student.model.fingerprint()}
+    effects = _student_effects(student, task, pairs=pairs, windows=len(rows), seed=seed)
+    watch = replace(_shadow(dense, student, bridges, circuit.nodes, circuit.task, effects), provenance=made)
+    return watch.calibrated(model, dense.sample[rows, :-1], fpr=fpr, signal=signal)
+
+
+def random_shadows(
+    dense: Subject,
+    student: Subject,
+    bridges: Bridges,
+    circuit: Circuit,
+    task: Task,
+    like: Watch,
+    *,
+    count: int,
+    seed: int = 0,
+) -> list[Watch]:
+    """Watches over the dense model by random nodes of the student, as many and as active (in the student) at every
+    location as the circuit's, calibrated as `like` on the same windows."""
+    rows, _ = calibration_rows(len(dense.sample), int(like.provenance["windows"]))
+    effects = _student_effects(student, task, pairs=int(like.provenance["pairs"]), windows=len(rows), seed=seed)
+    found = []
+    for nodes in random_sets(circuit.nodes, student.means, count, torch.Generator().manual_seed(seed)):
+        watch = weighted(_shadow(dense, student, bridges, nodes, circuit.task, effects))
+        found.append(watch.calibrated(dense.model, dense.sample[rows, :-1], fpr=like.fpr, signal=like.signal))
+    return found
+
+
+def _student_effects(student: Subject, task: Task, *, pairs: int, windows: int, seed: int) -> Effects:
     batch = encode(task, student.tokenizer, "train", pairs, seed, context=student.model.context)
-    windows = max(1, min(windows, len(dense.sample) // 2, len(student.sample)))
-    effects = _in_spreads(student, node_effects(student.model, batch, constants(student.means)), windows)
-    inner = watch_nodes(student, circuit.nodes, effects, circuit.task)
+    return _in_spreads(student, node_effects(student.model, batch, constants(student.means)), windows)
+
+
+def _shadow(dense: Subject, student: Subject, bridges: Bridges, nodes: Nodes, task: str, effects: Effects) -> Watch:
+    """The watch over the dense model that some nodes of the student stand for, not yet calibrated."""
+    model, inner = dense.model, watch_nodes(student, nodes, effects, task)
     chosen: dict[tuple[str, int], int] = {}
     for index in inner.effect.argsort(stable=True).tolist():
         site = stream_site(inner.names[index], model.n_layer)
@@ -77,10 +114,10 @@ def shadow_watch(
         rows.setdefault(site, []).append(encoder.weight[channel].detach().cpu())
         places.setdefault(site, []).append(place)
         offset[place] = float(encoder.bias[channel].detach())
-    watch = Watch(
+    return Watch(
         model=model.fingerprint(),
         model_name=dense.name,
-        task=circuit.task,
+        task=task,
         names=tuple(inner.names[index] for index in order),
         mean=torch.zeros(len(order)),
         spread=torch.ones(len(order)),
@@ -89,9 +126,7 @@ def shadow_watch(
         rows={site: torch.stack(found) for site, found in rows.items()},
         places={site: torch.tensor(found) for site, found in places.items()},
         offset=offset,
-        provenance={"pairs": pairs, "windows": windows, "seed": seed, "student": student.model.fingerprint()},
     )
-    return watch.calibrated(model, dense.sample[:windows, :-1], fpr=fpr, signal=signal)
 
 
 def _in_spreads(student: Subject, effects: Effects, windows: int) -> Effects:
@@ -109,8 +144,9 @@ def _in_spreads(student: Subject, effects: Effects, windows: int) -> Effects:
         return x
 
     device = next(model.parameters()).device
+    rows = torch.linspace(0, len(student.sample) - 1, min(windows, len(student.sample))).round().long()
     with torch.no_grad():
-        for part in student.sample[:windows, :-1].split(16):
+        for part in student.sample[rows, :-1].split(16):
             model.run(part.to(device), tap=add, stop="final_resid")
             count += part.numel()
     parts = anatomy(model).layers

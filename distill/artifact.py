@@ -29,7 +29,7 @@ from torch import Tensor
 from distill.disk import disk_errors, exchange, sync
 from distill.fingerprint import ArtifactError as ArtifactError
 from distill.fingerprint import fingerprint as fingerprint
-from distill.lock import check_unlocked
+from distill.lock import check_unlocked, held_file
 from distill.lock import lock as lock
 from distill.partial import aside_of, partial_of, sweep
 from distill.partial import clear_leftovers as clear_leftovers
@@ -107,9 +107,7 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
         partial.mkdir()
     except FileExistsError:
         raise ArtifactError(f"{path}: this process is already writing it") from None
-    claim = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(claim, fcntl.LOCK_EX)
+    with _claimed(partial):
         with disk_errors(path):
             yield partial
         if (partial / MANIFEST).exists():
@@ -124,10 +122,20 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
         else:
             os.rename(partial, path)
         sync(path.parent)
-    finally:
-        # After a swap the earlier artifact lies here; after a failure, what the body wrote.
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(claim)
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Hold a folder that is being filled, so that others can tell; what lies at its name in the end goes."""
+    owner = os.getpid()
+    with held_file(os.open(partial, os.O_RDONLY)) as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # After a swap the earlier artifact lies here; after a failure, what the body wrote.
+            if os.getpid() == owner:  # not in a child that was forked meanwhile
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_manifest(folder: str | Path, provenance: Provenance) -> None:

@@ -2,6 +2,8 @@
 
 The lock is the kernel's (`flock` on `{folder}/.lock`), so that it goes with the process that holds it, however that
 ends; what the file says, process and host, is for people alone. It is taken again and again by the thread that has it.
+A lock is its process's alone: a child forked while it is held has none, keeps nobody out once its parent is dead, and
+is itself refused while the parent lives.
 """
 
 import fcntl
@@ -17,6 +19,19 @@ from distill.fingerprint import ArtifactError
 _LOCK = ".lock"
 _held: dict[tuple[str, int], int] = {}
 """How often each folder is locked, by its path and the thread that has it."""
+_files: set[int] = set()
+"""Open files whose locks end with this process."""
+
+
+def _let_go() -> None:
+    """In a forked child: the kernel's lock stays as long as any copy of its descriptor, so the child's are closed."""
+    for file in _files:
+        os.close(file)
+    _files.clear()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -32,16 +47,30 @@ def lock(folder: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            _held[key] -= 1
+            if key in _held:  # not in a child forked meanwhile
+                _held[key] -= 1
         return
-    file = _taken(folder)
-    _held[key] = 1
+    with held_file(_taken(folder)) as file:
+        _held[key] = 1
+        try:
+            yield
+        finally:
+            if _held.pop(key, 0):
+                os.ftruncate(file, 0)  # the file stays, for removing it would race with the next holder
+
+
+@contextmanager
+def held_file(file: int) -> Iterator[int]:
+    """Keep a locked descriptor for this process alone: closed in forked children, unlocked and closed at the end."""
+    _files.add(file)
     try:
-        yield
+        yield file
     finally:
-        del _held[key]
-        os.ftruncate(file, 0)
-        os.close(file)  # releases the lock; the file stays, for removing it would race with the next holder
+        if file in _files:
+            # Unlocked by word: a child forked from here on may still have a copy.
+            fcntl.flock(file, fcntl.LOCK_UN)
+            _files.discard(file)
+            os.close(file)
 
 
 def check_unlocked(folder: str | Path) -> None:

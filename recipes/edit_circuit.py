@@ -19,11 +19,13 @@ from pathlib import Path
 from bridges.contrast import contrast_maker
 from bridges.editing import bridged_maker
 from bridges.lineup import NO_BRIDGE, load_pair
+from bridges.training_split import dense_split
 from distill import command
-from distill.artifact import check_free, default_out
+from distill.artifact import default_out
 from distill.circuits import Circuit
-from distill.circuits.edit_run import EditConfig, own_maker, run_edit, save_edit
+from distill.circuits.edit_run import EditConfig, check_out, own_maker, run_edit, save_edit
 from distill.circuits.origin import find_subject, find_task
+from distill.circuits.training_split import model_places, training_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +54,14 @@ class Options:
     corpus: tuple[str, ...] = ()
     """Text to measure on, for models that bring none (see train_sparse)."""
     out: Path = default_out("edited")
-    """Folder for the edited model; an earlier one there is replaced."""
+    """Folder for the edited model; an earlier edited one there is replaced, and nothing else is."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
 
 
 def edit_circuit(options: Options) -> None:
     """Load, edit, account, save, print."""
-    check_free(options.out, "model", replace=True)
+    check_out(options.out)
     if options.model and options.bridge != NO_BRIDGE:
         raise ValueError("model: the models are those of --bridge; allowed is one of the two")
     given = {name: getattr(options, name) for name in ("op", "nodes", "factor", "value")}
@@ -69,16 +71,20 @@ def edit_circuit(options: Options) -> None:
     if options.bridge == NO_BRIDGE:
         found = {"models": options.model, "corpus": options.corpus, "device": options.device}
         subject = find_subject(circuit, options.circuit, **found)
+        split = training_split(subject, model_places(circuit, options.circuit, options.model))
         maker = own_maker(subject, circuit, config)
     else:
         device = str(command.pick_device(options.device))
         subject, student, bridges = load_pair(options.bridge, corpus=options.corpus, device=device)
+        split = dense_split(subject, options.bridge)
         pair = subject, student, bridges, circuit
         contrast = config.directions == "contrast"
         maker = contrast_maker(*pair, task, config) if contrast else bridged_maker(*pair, config)
-    model, account = run_edit(subject, task, config, maker)
+    check_out(options.out, subject)
+    model, account = run_edit(subject, task, config, maker, split)
     print(f"{config.op} {' '.join(account.edit.names)} in {subject.name}\n\n{account.table()}\n")
-    save_edit(options.out, subject, model, account, config, {"circuit": options.circuit, "bridge": options.bridge})
+    origin = {"circuit": options.circuit, "bridge": options.bridge}
+    save_edit(options.out, subject, model, account, config, origin, split)
     print(f"edited model and account.json in {options.out}")
 
 

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridges.baselines import bigram_loss, load_rivals, measure
-from bridges.fit import FITTED_WINDOWS, has_sink
+from bridges.fit import FITTED_WINDOWS, counted, has_sink, training_windows
 from bridges.folder import load_bridged
 from bridges.lineup import bridge_folder
 from bridges.metrics import plot_metrics
 from bridges.tables import metrics_table
-from distill import command, load_tokenizer, prepare
+from distill import TrainConfig, command, load_tokenizer
 from distill.artifact import Provenance, check_free, default_out, fresh_folder, write_json
-from distill.data import windows
+from distill.data import prepare, prepare_stream, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class Options:
     """Student with bridges: folder of fit_bridges, or a shipped one's short name."""
     corpus: tuple[str, ...] = ("stdlib",)
     """Text that it was fitted on, as for fit_bridges, or the folder of packed tokens; its held-out part is judged."""
+    stream: bool = False
+    """Read the corpus as a stream, as fit_bridges --stream did."""
     unrelated: str = "auto"
     """A sparse model that never saw the dense one; auto: the shipped one where depth and tokenizer agree; none."""
     kl_only: str = "none"
@@ -60,8 +62,9 @@ def run(options: Options) -> None:
     tokenizer = load_tokenizer(folder)
     rivals = load_rivals(dense, tokenizer, unrelated=options.unrelated, kl_only=options.kl_only)
     tokens = options.out.with_name(options.out.name + ".tokens")
-    data = prepare(options.corpus, tokens, tokenizer=tokenizer, seed=options.seed, replace=True)
-    train = windows(data.train, options.context, FITTED_WINDOWS)
+    read, text = prepare_stream if options.stream else prepare, TrainConfig(context=options.context, seed=options.seed)
+    data = read(options.corpus, tokens, tokenizer=tokenizer, seed=options.seed, replace=True)
+    train = training_windows(data, text, FITTED_WINDOWS)
     heldout = windows(data.heldout, options.context, options.windows)
     metrics = measure(
         dense,
@@ -69,7 +72,7 @@ def run(options: Options) -> None:
         bridges,
         heldout,
         train=train,
-        bigram_ce=bigram_loss(data.train, heldout, vocab_size=dense.vocab_size),
+        bigram_ce=bigram_loss(counted(data, text), heldout, vocab_size=dense.vocab_size),
         rivals=rivals,
         skip_first=has_sink(dense, train[:8, :-1]),
         mixtures=options.mixtures,

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridges.lineup import NO_BRIDGE, load_pair
-from bridges.watch import shadow_watch
+from bridges.lineup import NO_BRIDGE
+from bridges.monitor import load_watched
 from distill import command
 from distill.artifact import write_record
 from distill.circuits import Circuit
 from distill.circuits.code_labels import labelled_code
-from distill.circuits.monitor import evaluation, report, show, texts_of, watched
-from distill.circuits.origin import find_subject, find_task
-from distill.circuits.watch import SIGNALS, Signal, make_watch
+from distill.circuits.monitor import check_asked, evaluation, report, show, texts_of, watched
+from distill.circuits.origin import find_task
+from distill.circuits.watch import SIGNALS, Signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Options:
     evaluate: Path | None = None
     """JSON file for areas under the curve and delays, on the task's splits and on held-out code."""
     code: tuple[str, ...] = ("stdlib",)
-    """Python sources whose held-out files --evaluate takes; none: the task's splits alone."""
+    """Python sources; --evaluate takes files that the model's training held out. Nothing behind it: splits alone."""
     save: Path | None = None
     """File (*.watch.safetensors) for the calibrated watch."""
     model: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Options:
     corpus: tuple[str, ...] = ()
     """Text to calibrate on, for models that bring none (see train_sparse)."""
     seed: int = 0
-    """Seed of prompts and random nodes."""
+    """Seed of prompts, windows of code and random nodes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
 
@@ -68,25 +68,24 @@ def monitor(options: Options) -> None:
         raise ValueError("input: missing; give a text, a file or -, or one of --evaluate and --save")
     if options.model and options.bridge != NO_BRIDGE:
         raise ValueError("model: the models are those of --bridge; allowed is one of the two")
-    circuit, shape = Circuit.load(options.circuit), {"fpr": options.fpr, "signal": options.signal, "seed": options.seed}
+    written = {"save": options.save, "evaluate": options.evaluate, "html": options.html}
+    check_asked(options.fpr, options.signal, shown=options.input is not None, colour=options.colour, written=written)
+    texts = None if options.input is None else texts_of(options.input)
+    circuit = Circuit.load(options.circuit)
     task, device = find_task(circuit, options.task), str(command.pick_device(options.device))
-    if options.bridge == NO_BRIDGE:
-        place = {"models": options.model, "corpus": options.corpus, "device": device}
-        subject = find_subject(circuit, options.circuit, **place)
-        watch = make_watch(subject, circuit, task, **shape)
-    else:
-        subject, student, bridges = load_pair(options.bridge, corpus=options.corpus, device=device)
-        watch = shadow_watch(subject, student, bridges, circuit, task, **shape)
+    given = {name: getattr(options, name) for name in ("bridge", "corpus", "fpr", "signal", "seed")}
+    found = load_watched(circuit, options.circuit, task, models=options.model, device=device, **given)
+    watch, subject = found.watch, found.subject
     if options.save is not None:
         watch.save(options.save)
     if options.evaluate is not None:
-        code = labelled_code(subject.tokenizer, options.code, length=min(subject.model.context, 128))
-        own = {"circuit": circuit if options.bridge == NO_BRIDGE else None, "seed": options.seed}
-        found = evaluation(watch, subject, task, code=code, **own)
-        write_record(options.evaluate, found)
-        print(report(found))
-    if options.input is not None:
-        records = watched(watch, subject.model, subject.tokenizer, texts_of(options.input))
+        shape = {"length": min(subject.model.context, 128), "held": found.split, "seed": options.seed}
+        code = labelled_code(subject.tokenizer, options.code, **shape) if options.code else None
+        told = evaluation(watch, subject, task, code=code, random=found.random, seed=options.seed)
+        write_record(options.evaluate, told)
+        print(report(told))
+    if texts is not None:
+        records = watched(watch, subject.model, subject.tokenizer, texts)
         show(records, watch, colour=options.colour, page=options.html)
 
 

@@ -5,8 +5,8 @@
     python recipes/reproduce.py --model runs/sparse --dense runs/dense --family runs/wide runs/narrow --out runs/mine
 
 Every result has a rule, stated before, for when it holds. The folder gets {result}.json, {result}.png and results.md;
-circuits are kept in its folder circuits/, and what lies there is not searched for again. Expect an hour on two cores
-for everything on the shipped models, most of it for circuits of all twenty tasks under two objectives.
+every circuit is kept in its folder circuits/ as soon as it is found, and searched for once, by whatever result. Expect
+an hour on two cores for everything on the shipped models, most of it for circuits of all tasks under two objectives.
 """
 
 import time
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bridges import CompareConfig, load_lineup
-from bridges.headlines import HEADLINES, Setting, save, table
+from bridges.headlines import HEADLINES, Setting, command_line, save, table
 from distill import command, load_subject, load_task
 from distill.artifact import Provenance, default_out, write_manifest, write_text
 from distill.circuits.tasks import task_names
@@ -34,7 +34,7 @@ class Options:
     dense: tuple[str, ...] = ("dense",)
     """Its dense counterpart of matched held-out loss, or several seeds."""
     family: tuple[str, ...] = ("dense_gpt2",)
-    """Further models, of other widths and densities."""
+    """Further models, of other widths and densities; dense ones are further baselines."""
     bridge: str = "student"
     """Folder or short name of a student with bridges."""
     task: tuple[str, ...] = tuple(task_names())
@@ -57,9 +57,8 @@ def reproduce(options: Options) -> None:
     if unknown := set(names) - set(HEADLINES):
         raise ValueError(f"only: got {unknown.pop()!r}, allowed are {', '.join(HEADLINES)}")
     if options.list:
-        for one in HEADLINES.values():
-            print(f"{one.name:16}{one.source}: {one.claim}\n{'':16}holds where {one.rule}")
-        return
+        return print("\n".join(f"{one.name:16}{one.source}: {one.claim}\n{'':16}holds where {one.rule}"
+                               for one in HEADLINES.values()))  # fmt: skip
     tasks = tuple(load_task(name) for name in options.task)
     device = str(command.pick_device(options.device))
     lineup = load_lineup(options.model, options.dense, device=device)
@@ -74,19 +73,21 @@ def reproduce(options: Options) -> None:
         device=device,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    outcomes = {}
+    outcomes, commands = {}, {}
     for name in names:
+        commands[name] = command_line("python recipes/reproduce.py", replace(options, only=(name,)), Options())
         began = time.perf_counter()
         found = HEADLINES[name].rerun(setting)
         outcomes[name] = found, time.perf_counter() - began
-        save(name, found, options.out, {"options": asdict(options), "seconds": round(outcomes[name][1], 1)})
+        more = {"command": commands[name], "seed": options.seed, "seconds": round(outcomes[name][1], 1)}
+        save(name, found, options.out, {"options": asdict(options), **more})
         print(f"{name}: {found.ours}")
-    write_text(options.out / "results.md", table(outcomes))
+    write_text(options.out / "results.md", table(outcomes, commands))
     write_manifest(
         options.out,
         Provenance(kind="report", command="recipes/reproduce.py", config=asdict(options), seed=options.seed, data=None),
     )
-    print(f"\n{table(outcomes)}\nin {options.out}")
+    print(f"\n{table(outcomes, commands)}\nin {options.out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridges.agreement import agreement, token_losses
 from bridges.compare import sample_for
 from bridges.figures import new_figure
-from bridges.headlines.setting import Found, Headline, Setting
+from bridges.headlines.setting import Found, Headline, Setting, searching
 from bridges.metrics import batches, evaluating
 from bridges.ratios import arm_of
 from distill.circuits.subject import Subject
@@ -43,18 +43,20 @@ def tasks(setting: Setting) -> Found:
         for name, found in record.items()
     }
     counts = ", ".join(f"{name} {len(found)}" for name, found in done.items())
-    best = max(len(done[one.name]) for one in (*setting.sparse, *setting.family) if _is_sparse(one))
+    best = max(len(done[one.name]) for one in (*setting.sparse, *setting.family) if is_sparse(one))
     return Found(ours=f"of {len(setting.tasks)} tasks: {counts}", holds=best >= ASKED, record={"done": done, **record})
 
 
 def frontier(setting: Setting) -> Found:
     """Held-out loss against circuit size, over all models, on the tasks that all of them do."""
-    record = setting.compared(setting.every, "frontier", setting.config).record
+    comparison = setting.compared(setting.every, setting.config)
+    record = comparison.record
     names = [one.name for one in setting.every]
     rows = record["tasks"]
     shared = [task for task, row in rows.items() if all(row[name].get("meets_target") for name in names)]
     if not shared:
-        return Found(ours="no task on which the circuits of all models meet the target", holds=None, record=record)
+        said = "no task on which the circuits of all models meet the target"
+        return Found(ours=said, holds=None, record=record, searching=searching(comparison))
     points: dict[str, dict[str, float]] = {}
     for one in setting.every:
         sizes = [math.log(max(1, rows[task][one.name]["edges_induced"])) for task in shared]
@@ -84,6 +86,7 @@ def frontier(setting: Setting) -> Found:
         holds=all(better) if better else None,
         record={"points": points, "tasks": shared},
         figure=figure,
+        searching=searching(comparison),
     )
 
 
@@ -170,7 +173,8 @@ def _arms(pair: str) -> list[str]:
     return sorted(arm_of(name) or name for name in pair.split())
 
 
-def _is_sparse(subject: Subject) -> bool:
+def is_sparse(subject: Subject) -> bool:
+    """Whether most of a model's weights between nodes are zero, or it is one of the pair's sparse ones."""
     matrices = list(subject.model.matrices().values())
     return arm_of(subject.name) == "sparse" or 2 * sum(int(m.count_nonzero()) for m in matrices) < sum(
         m.numel() for m in matrices

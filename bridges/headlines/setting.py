@@ -1,6 +1,6 @@
 """What a rerun of a published result works on, and what it comes to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,11 +8,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bridges.compare import CompareConfig, Comparison, compare, known_circuits
+from bridges.compare import CompareConfig, Comparison, compare
 from bridges.lineup import load_pair
 from bridges.maps import Bridges
+from distill.artifact import fingerprint
+from distill.circuits.circuit import SUFFIX, Circuit
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task
+
+OUT_OF_REACH = 1e-9
+"""A target in nats that no model meets, so that every task gets the relative one (METHODS 6.7)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,8 @@ class Setting:
     config: CompareConfig = field(default_factory=CompareConfig)
     """How circuits are searched for and judged."""
     circuits: Path
-    """Folder that keeps the circuits by result, so that a rerun does not search for them again."""
+    """Folder that keeps every circuit as soon as it is found: each is searched for once, by whatever result, in this
+    run or an earlier one."""
     device: str = "cpu"
     """Where the models are."""
 
@@ -51,19 +57,56 @@ class Setting:
         """The dense model, its student, and the bridges."""
         return load_pair(self.bridge, device=self.device)
 
-    def compared(self, subjects: list[Subject], name: str, config: CompareConfig) -> Comparison:
-        """The circuits of some models, searched for where the folder does not hold them yet."""
-        folder = self.circuits / name
-        known = known_circuits(folder) if folder.is_dir() else None
-        found = compare(subjects, self.tasks, config, known=known)
-        folder.mkdir(parents=True, exist_ok=True)
-        found.save(folder)
-        return found
+    @cached_property
+    def shelf(self) -> list[Circuit]:
+        """All circuits found so far, of any model, task, objective and target. ArtifactError for a damaged one."""
+        return [Circuit.load(path) for path in sorted(self.circuits.rglob(f"*{SUFFIX}"))]
 
-    def sizes(self, objective: str) -> Comparison:
-        """The circuits of the pair under an objective, `paper` or `faithful`."""
+    @cached_property
+    def _done(self) -> dict[Any, Comparison]:
+        return {}
+
+    def keep(self, circuit: Circuit) -> None:
+        """Puts a circuit on the shelf, and into a file named by what it was searched for by."""
+        settings = circuit.provenance["config"]
+        key = fingerprint(
+            {"model": circuit.model, "target": circuit.target, "settings": repr(sorted(settings.items()))}
+        )
+        self.circuits.mkdir(parents=True, exist_ok=True)
+        name = f"{circuit.task}.{circuit.model_name}.{settings['objective']}.{circuit.target:.4g}.{key[:8]}{SUFFIX}"
+        circuit.save(self.circuits / name)
+        self.shelf.append(circuit)
+
+    def compared(self, subjects: Sequence[Subject], config: CompareConfig) -> Comparison:
+        """Circuits of some models side by side, searched for where the shelf does not hold them yet."""
+        marks = {one.name: one.model.fingerprint() for one in subjects}
+        key = (tuple(marks.items()), config)
+        if key not in self._done:
+            known = {
+                (task.name, name): [one for one in self.shelf if (one.task, one.model) == (task.name, mark)]
+                for task in self.tasks
+                for name, mark in marks.items()
+            }
+            self._done[key] = compare(subjects, self.tasks, config, known=known, keep=self.keep)
+        return self._done[key]
+
+    def sizes(self, objective: str, *, relative: bool = False, subjects: Sequence[Subject] = ()) -> Comparison:
+        """The circuits of the pair under an objective, `paper` or `faithful`.
+
+        Args:
+            relative: give every task the relative target, not only those on which the one asked for is out of reach.
+            subjects: other models than the pair.
+        """
         config = replace(self.config, prune=replace(self.config.prune, objective=objective))
-        return self.compared(self.pair, objective, config)
+        if relative:
+            config = replace(config, relative=True, prune=replace(config.prune, target=OUT_OF_REACH))
+        return self.compared(subjects or self.pair, config)
+
+
+def searching(comparison: Comparison) -> float:
+    """Seconds that the circuits took, whenever they were searched for."""
+    stages = [one.provenance.get("seconds", {}) for one in comparison.circuits.values()]
+    return float(sum(value for stage in stages for value in stage.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +121,8 @@ class Found:
     """All numbers, plain JSON values."""
     figure: Figure | None = None
     """Its plot."""
+    searching: float = 0.0
+    """Seconds that the circuits it stands on took, whenever they were searched for."""
 
 
 @dataclass(frozen=True, kw_only=True)

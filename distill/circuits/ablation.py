@@ -95,10 +95,16 @@ class Means:
         moved = {location: value.to(device) for location, value in self.values.items()}
         return replace(self, values=moved)
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file that names the model and the data it was measured with."""
-        tensors = {f"mean/{name}": value.cpu().contiguous() for name, value in self.values.items()}
-        tensors |= {f"magnitude/{name}": value.cpu().contiguous() for name, value in self.magnitude.items()}
+    def save(self, path: str | Path, *, half: bool = False) -> None:
+        """Writes one safetensors file that names the model and the data it was measured with.
+
+        `half` rounds to float16 (3 digits) for a file of half the size; ArtifactError for values beyond its range.
+        """
+        tensors = {f"mean/{name}": value for name, value in self.values.items()}
+        tensors |= {f"magnitude/{name}": value for name, value in self.magnitude.items()}
+        tensors = {name: (value.half() if half else value).cpu().contiguous() for name, value in tensors.items()}
+        if beyond := [name for name, value in tensors.items() if half and not bool(value.isfinite().all())]:
+            raise ArtifactError(f"{path}: {beyond[0]} has values beyond float16's 65504")
         save_tensors(Path(path), tensors, {**self.head(), "kind": "means", "ablation": self.kind, "model": self.model})
 
     def head(self) -> dict[str, Any]:
@@ -126,7 +132,7 @@ class Means:
             what, _, location = name.partition("/")
             if what not in split:
                 raise ArtifactError(f"{path}: holds {name!r}; allowed are tensors mean/... and magnitude/...")
-            split[what][location] = value
+            split[what][location] = value.float() if value.dtype == torch.float16 else value
         check_means(path, split["mean"], split["magnitude"])
         kind = metadata.get("ablation", "mean")
         if kind not in ABLATIONS:

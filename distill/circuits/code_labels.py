@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill.circuits.training_split import TrainingSplit
 from distill.data.corpus import read_corpus
 
 OUTSIDE, SINGLE, DOUBLE, TRIPLE, UNKNOWN = 0, 1, 2, 3, -1
@@ -100,16 +101,29 @@ def labelled_code(
     sources: Sequence[str],
     *,
     length: int,
+    held: TrainingSplit | None,
     limit: int = 256,
     seed: int = 0,
 ) -> LabelledCode:
-    """Windows of `length` targets out of the held-out files of `sources` (see `read_corpus`), evenly spread.
+    """Windows of `length` targets out of files of `sources` (see `read_corpus`) that the model was not trained on.
 
-    The held-out side depends on the names of the files and the seed alone: it is the one that a training on these
-    sources with that seed held out. ValueError where there are no windows.
+    Arguments:
+        held: the split that the model was trained with (`training_split`). Which side a file is on depends on its name
+            alone, so the files are those that the training held out where it read these sources, whatever else it read;
+            of sources that it did not read none was trained on anyway.
+        limit: windows at most: so many stretches of all there are, of equal length, give one each.
+        seed: decides which.
+
+    In the order of the files. ValueError where there are no windows, and without a split: then no file can be called
+    held out.
     """
+    if held is None:
+        raise ValueError(
+            "code: nothing says which files the training of this model held out (its folder needs a manifest that says "
+            "seed and heldout_fraction of the corpus), so none can be judged on; allowed is to leave code out"
+        )
     parts: dict[str, list[Tensor]] = {"tokens": [], "inside": [], "closes": [], "since": []}
-    for text in _texts(sources, seed):
+    for text in _texts(sources, held):
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         labels = label_tokens(offsets, text)
@@ -120,13 +134,15 @@ def labelled_code(
         raise ValueError(f"code: no held-out file of {', '.join(sources)} has {length + 1} tokens")
     joined = {name: torch.cat(values) for name, values in parts.items()}
     count = len(joined["tokens"])
-    rows = torch.linspace(0, count - 1, min(limit, count)).long()
+    limit = min(limit, count)
+    luck = torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = ((torch.arange(limit) + luck) * count / limit).long().clamp_max(count - 1)
     return LabelledCode(**{name: value[rows] for name, value in joined.items()})
 
 
-def _texts(sources: Sequence[str], seed: int) -> Iterator[str]:
+def _texts(sources: Sequence[str], held: TrainingSplit) -> Iterator[str]:
     """Held-out texts that Python can tokenize."""
-    for document in read_corpus(sources, seed=seed).heldout:
+    for document in read_corpus(sources, heldout_fraction=held.heldout_fraction, seed=held.seed).heldout:
         try:
             string_spans(document.text)
         except ValueError:

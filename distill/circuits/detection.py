@@ -23,7 +23,7 @@ from distill.circuits.faithfulness.matched import random_sets
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task as Task
 from distill.circuits.tasks import TaskBatch, encode
-from distill.circuits.watch import Scores, Watch, node_effects, watch_nodes
+from distill.circuits.watch import Scores, Watch, calibration_rows, node_effects, watch_nodes
 from distill.model.run import Runnable
 from distill.model.sites import Record, residual_sites
 
@@ -158,15 +158,17 @@ def random_watches(
     batch = encode(task, subject.tokenizer, "train", pairs, seed, context=subject.model.context)
     effects = node_effects(subject.model, batch, constants(subject.means))
     generator = torch.Generator().manual_seed(seed)
-    windows = int(like.provenance["windows"])
+    rows, _ = calibration_rows(len(subject.sample), int(like.provenance["windows"]))
     found = []
     for nodes in random_sets(circuit.nodes, subject.means, count, generator):
-        watch = watch_nodes(subject, nodes, effects, circuit.task)
-        if float(watch.effect.sum()) <= 0:
-            # Nodes without any effect: each counts alike, so that the reference is not lost.
-            watch = replace(watch, effect=torch.ones_like(watch.effect))
-        found.append(watch.calibrated(subject.model, subject.sample[:windows, :-1], fpr=like.fpr, signal=like.signal))
+        watch = weighted(watch_nodes(subject, nodes, effects, circuit.task))
+        found.append(watch.calibrated(subject.model, subject.sample[rows, :-1], fpr=like.fpr, signal=like.signal))
     return found
+
+
+def weighted(watch: Watch) -> Watch:
+    """The watch, or where no node of it has any effect one in which each counts alike: no reference shall be lost."""
+    return watch if float(watch.effect.sum()) > 0 else replace(watch, effect=torch.ones_like(watch.effect))
 
 
 # --- the probe -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ edit (`DONE`) are listed, and left out of the summary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -163,24 +164,29 @@ class Account:
     tokens: int
     """Targets of the text."""
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """The figures of the table by row: before, after, and what random edits come to (median, least, most)."""
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """The figures of the table by row: before, after, and what random edits come to (median, least, most).
+
+        `lost` and `worst` are None where the model did no other task before the edit.
+        """
+        rows: dict[str, dict[str, float | None]]
         rows = {"before": self._row(self.before), "after": self._row(self.after)}
         each = [self._row(one) for one in self.random]
-        for name, pick in (("random median", torch.median), ("random least", torch.min), ("random most", torch.max)):
+        for name, pick in (("random median", median), ("random least", min), ("random most", max)):
             if each:
-                rows[name] = {key: float(pick(torch.tensor([row[key] for row in each]))) for key in each[0]}
+                columns = {key: [x for row in each if (x := row[key]) is not None] for key in each[0]}
+                rows[name] = {key: pick(found) if found else None for key, found in columns.items()}
         return rows
 
-    def _row(self, one: Measures) -> dict[str, float]:
-        lost = list(one.lost(self.before).values()) or [0.0]
+    def _row(self, one: Measures) -> dict[str, float | None]:
+        lost = list(one.lost(self.before).values())
         return {
             "task": one.task,
             "accuracy": one.accuracy,
             "text": one.text - self.before.text,
             "away": one.away - self.before.away,
-            "lost": sum(lost) / len(lost),
-            "worst": max(lost),
+            "lost": sum(lost) / len(lost) if lost else None,
+            "worst": max(lost, default=None),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -205,7 +211,7 @@ class Account:
         )
         lines = [
             f"{name:14s} {row['task']:9.3f} {row['accuracy']:9.1%} {row['text']:+8.4f} {row['away']:+8.4f} "
-            f"{row['lost']:12.1%} {row['worst']:7.1%}"
+            f"{_share(row['lost']):>12s} {_share(row['worst']):>7s}"
             for name, row in self.summary().items()
         ]
         lost = self.after.lost(self.before)
@@ -220,6 +226,10 @@ class Account:
             "model knew of the other tasks, mean and worst"
         )
         return "\n".join([head, *lines, note, *others])
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"
 
 
 def account(

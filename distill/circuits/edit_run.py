@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.artifact import Provenance, fresh_folder, write_record
+import torch
+
+from distill.artifact import MANIFEST, ArtifactError, Provenance, check_free, fresh_folder, read_head, write_record
 from distill.circuits.circuit import Circuit
 from distill.circuits.code_labels import labelled_code
 from distill.circuits.edit_account import (
@@ -24,6 +26,7 @@ from distill.circuits.editing import OPS, ModelEdit, constants, edge_names, pars
 from distill.circuits.settings import require
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import KINDS, Task, TaskBatch, encode, load_task, task_names
+from distill.circuits.training_split import TrainingSplit
 from distill.command import no_type_check
 from distill.data.sample import save_sample
 from distill.model import DenseModel, SparseTransformer
@@ -69,9 +72,9 @@ class EditConfig:
     """Targets that the loss away from the task leaves out: the task's answer tokens, on the model's own held-out
     windows; or tokens that close a string, on held-out files of `code`."""
     code: tuple[str, ...] = ("stdlib",)
-    """Sources of Python code whose held-out files are taken for closing_quotes."""
+    """Sources of Python code for closing_quotes, of which the files are taken that the model's training held out."""
     seed: int = 0
-    """Seed of prompts, choice and random edits."""
+    """Seed of prompts, windows of text, choice and random edits."""
 
     def __post_init__(self) -> None:
         require(self.op in (*OPS, "add"), "op", self.op, ", ".join((*OPS, "add")))
@@ -105,6 +108,10 @@ def own_maker(subject: Subject, circuit: Circuit, config: EditConfig) -> Maker:
     values = constants(subject.means)
     if config.op == "add":
         raise ValueError("op: got 'add', which is for a dense model behind a bridge; allowed are clamp and scale")
+    if config.directions != "nodes":
+        raise ValueError(
+            f"directions: got {config.directions!r}, which is for a dense model behind a bridge; use nodes"
+        )
 
     def make(names: Sequence[str]) -> ModelEdit:
         options = {"factor": config.factor, "value": config.value, "competition": config.competition}
@@ -135,15 +142,18 @@ def own_maker(subject: Subject, circuit: Circuit, config: EditConfig) -> Maker:
 
 
 def run_edit(
-    subject: Subject, task: Task, config: EditConfig, maker: Maker
+    subject: Subject, task: Task, config: EditConfig, maker: Maker, split: TrainingSplit | None = None
 ) -> tuple[SparseTransformer | DenseModel, Account]:
-    """The edited model and its account, against prompts and text that the choice of nodes never saw."""
+    """The edited model and its account, against prompts and text that the choice of nodes never saw.
+
+    `split` is that of the model's training, which closing_quotes needs.
+    """
     model = subject.model
     train, test = (
-        encode(task, subject.tokenizer, split, config.pairs, config.seed, context=model.context)
-        for split in ("train", "test")
+        encode(task, subject.tokenizer, side, config.pairs, config.seed, context=model.context)
+        for side in ("train", "test")
     )
-    choosing, judging = _texts(subject, config, test)
+    choosing, judging = _texts(subject, config, test, split)
     names = tuple(config.nodes)
     if names == (AUTO,):
         names = choose(model, maker.candidates, maker.make, train, choosing, most=config.most, cost=config.cost)
@@ -156,21 +166,41 @@ def run_edit(
     return edit.apply(model), found
 
 
-def _texts(subject: Subject, config: EditConfig, task: TaskBatch) -> tuple[Text, Text]:
+def _texts(subject: Subject, config: EditConfig, task: TaskBatch, split: TrainingSplit | None) -> tuple[Text, Text]:
     """Text to choose nodes on, and text for the account."""
     if config.away == "answers":
         text = away_from_answers(subject.sample, task)
     else:
         length = min(subject.model.context, LONGEST)
-        code = labelled_code(subject.tokenizer, config.code, length=length, limit=CHOOSING + config.windows)
+        options = {"length": length, "held": split, "limit": CHOOSING + config.windows, "seed": config.seed}
+        code = labelled_code(subject.tokenizer, config.code, **options)
         text = Text(tokens=code.tokens, away=~code.closes[:, 1:], what="tokens that close a string")
-    # Every third goes to the choice, as far as there are enough.
-    order = list(range(0, len(text.tokens), 3))[:CHOOSING]
-    rest = sorted(set(range(len(text.tokens))) - set(order))[: config.windows]
-    if not rest:
+    # A third goes to the choice, as far as there are enough.
+    order = torch.randperm(len(text.tokens), generator=torch.Generator().manual_seed(config.seed))
+    few = min(CHOOSING, (len(order) + 2) // 3)
+    parts = order[:few], order[few : few + config.windows]
+    if not len(parts[1]):
         raise ValueError(f"windows: only {len(text.tokens)} of held-out text, too few to choose on and to judge by")
-    choosing, judging = (replace(text, tokens=text.tokens[part], away=text.away[part]) for part in (order, rest))
+    choosing, judging = (replace(text, tokens=text.tokens[part], away=text.away[part]) for part in parts)
+    for one in (choosing, judging):
+        if not bool(one.away.any()):
+            raise ValueError(f"away: every target of some text is one of {text.what}; allowed are texts with others")
     return choosing, judging
+
+
+def check_out(out: Path, subject: Subject | None = None) -> None:
+    """ArtifactError for a folder that is neither free nor holds an earlier edited model, or holds the very one edited.
+
+    Other models may have taken days to train, and stay.
+    """
+    check_free(out, "model", replace=True)
+    if not (out / MANIFEST).is_file():
+        return
+    extra = read_head(out, "model")["provenance"].get("extra", {})
+    if "edited" not in extra:
+        raise ArtifactError(f"{out}: holds a model that is no edited one and stays; choose another folder")
+    if subject is not None and extra.get("fingerprint") == subject.model.fingerprint() != extra["edited"]:
+        raise ArtifactError(f"{out}: holds the very model that is to be edited; choose another folder")
 
 
 def save_edit(
@@ -180,18 +210,27 @@ def save_edit(
     found: Account,
     config: EditConfig,
     provenance: Mapping[str, Any],
+    split: TrainingSplit | None = None,
 ) -> None:
     """Writes the edited model as an ordinary Hugging Face folder, with tokenizer, held-out windows, edit and account.
 
-    A dense model loads by transformers alone. An earlier model in the folder is replaced.
+    A dense model loads by transformers alone. An earlier edited model in the folder is replaced; ArtifactError as
+    `check_out` for anything else there.
     """
+    check_out(out, subject)
     made = Provenance(
         kind="model",
         command="recipes/edit_circuit.py",
         config={**asdict(config), **provenance},
         seed=config.seed,
         data=subject.means.data,
-        extra={"edited": subject.model.fingerprint(), "from": subject.name, "nodes": list(found.edit.names)},
+        extra={
+            "edited": subject.model.fingerprint(),
+            "fingerprint": model.fingerprint(),
+            "from": subject.name,
+            "nodes": list(found.edit.names),
+            **({} if split is None else {"corpus": split.record()}),
+        },
     )
     with fresh_folder(out, made, replace=True) as folder:
         (model.hf if isinstance(model, DenseModel) else model).save_pretrained(folder)

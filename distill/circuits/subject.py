@@ -1,17 +1,15 @@
 """A model that circuits are taken from, with all that this needs: tokenizer, ablation values, held-out text."""
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import Provenance, default_out, fingerprint, fresh_folder, read_manifest
+from distill.artifact import default_out, fingerprint
 from distill.circuits.ablation import Means, node_means, windows_fingerprint
 from distill.command import pick_device
 from distill.data.prepare import prepare
@@ -21,7 +19,6 @@ from distill.model import DenseModel, SparseTransformer, check_tokenizer, load_m
 from distill.model.load import model_folder
 
 MEANS_FILE = "means.safetensors"
-WEIGHTS = ("model.safetensors", "model.sparse.safetensors")
 TOKENS = default_out("tokens")
 """Where corpora that a model does not bring are packed."""
 WINDOWS = 256
@@ -91,47 +88,3 @@ def load_subject(
     if means is None or means.model != model.fingerprint() or means.data != windows_fingerprint(sample[:, :-1]):
         means = node_means(model, sample[:, :-1])
     return Subject(name=label, model=model, tokenizer=tokenizer, sample=sample, means=means)
-
-
-def shipped_provenance(made: Mapping[str, Any], kind: str) -> Provenance:
-    """How something was made, out of its manifest, for the manifest of its copy."""
-    known = made["provenance"]
-    return Provenance(
-        kind=kind,
-        command=known["command"],
-        config=known["config"],
-        seed=known["seed"],
-        data=known["data"],
-        extra={**known["extra"], "made": made["created"], "made_with": made["versions"]},
-    )
-
-
-def ship(path: str | Path, out: Path) -> Path:
-    """Copies a trained model's folder to `out` with its ablation values beside it, for others to load without a corpus.
-
-    Models of this package are stored compactly (`SparseTransformer.save_compact`).
-
-    Args:
-        path: model folder or run folder.
-        out: folder to make; an earlier one is replaced.
-
-    ValueError for a model without held-out windows beside it, ArtifactError for a folder that does not say how it was
-    made.
-    """
-    folder = model_folder(path)
-    if folder is None:
-        raise ValueError(f"model: {path} is no folder; only trained models in a folder can be shipped")
-    made = read_manifest(folder)
-    provenance = shipped_provenance(made, "model")
-    subject = load_subject(folder)
-    with fresh_folder(out, provenance, replace=True) as place:
-        compact = isinstance(subject.model, SparseTransformer)
-        for name in made["files"]:
-            if not (compact and name.endswith(WEIGHTS)):
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, place / name)
-        if isinstance(subject.model, SparseTransformer):
-            subject.model.save_compact(place)
-        # Of what was written: compact storage rounds the bigram table.
-        node_means(load_model(place), subject.sample[:, :-1]).save(place / MEANS_FILE)
-    return out

@@ -214,12 +214,9 @@ class Watch:
     def calibrated(self, model: Runnable, windows: Int[Tensor, "n T"], *, fpr: float, signal: str) -> "Watch":
         """The same with mean, spread and threshold measured on windows of text.
 
-        ValueError for a rate outside (0, 1), an unknown signal, and where no node has any effect on the task.
+        ValueError as `check_flags`, and where no node has any effect on the task.
         """
-        if not 0 < fpr < 1:
-            raise ValueError(f"fpr: got {fpr}, allowed are numbers above 0 and below 1")
-        if signal not in SIGNALS:
-            raise ValueError(f"signal: got {signal!r}, allowed are {', '.join(SIGNALS)}")
+        check_flags(fpr, signal)
         tokens = as_tokens(windows)
         values = readings(model, self.gauge(), tokens).flatten(0, -2).double()
         mean, old = values.mean(0), self.spread.double()
@@ -240,9 +237,7 @@ class Watch:
 
     def save(self, path: str | Path) -> Path:
         """Writes one file; the name must end in `.watch.safetensors`. Returns the path."""
-        path = Path(path)
-        if not path.name.endswith(SUFFIX):
-            raise ValueError(f"path: {path.name!r} is no name for a watch; allowed are names ending in {SUFFIX}")
+        path = check_name(path)
         tensors = {name: getattr(self, name) for name in ("mean", "spread", "effect", "slope")}
         tensors |= {f"rows/{site}": rows for site, rows in self.rows.items()}
         tensors |= {f"places/{site}": index for site, index in self.places.items()}
@@ -270,6 +265,33 @@ class Watch:
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: is no whole watch, {error} is missing or of the wrong kind") from error
+
+
+def check_flags(fpr: float, signal: str) -> None:
+    """ValueError for a rate outside (0, 1) and an unknown signal."""
+    if not 0 < fpr < 1:
+        raise ValueError(f"fpr: got {fpr}, allowed are numbers above 0 and below 1")
+    if signal not in SIGNALS:
+        raise ValueError(f"signal: got {signal!r}, allowed are {', '.join(SIGNALS)}")
+
+
+def check_name(path: str | Path) -> Path:
+    """The path; ValueError where it is no name for a watch's file."""
+    if not Path(path).name.endswith(SUFFIX):
+        raise ValueError(f"path: {Path(path).name!r} is no name for a watch; allowed are names ending in {SUFFIX}")
+    return Path(path)
+
+
+def calibration_rows(total: int, windows: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"]]:
+    """Of a sample of `total` windows those that a watch is calibrated on, spread over it, and all others.
+
+    `windows` are asked for; at most half of the sample is taken, so that something is left to judge by, but one.
+    """
+    count = max(1, min(windows, total // 2))
+    chosen = torch.linspace(0, total - 1, count).round().long()
+    rest = torch.ones(total, dtype=torch.bool)
+    rest[chosen] = False
+    return chosen, rest.nonzero()[:, 0]
 
 
 def check_watch(path: str | Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> None:
@@ -388,15 +410,15 @@ def make_watch(
     windows: int = 128,
     seed: int = 0,
 ) -> Watch:
-    """A watch over a circuit in its own model, calibrated on the first `windows` of the model's held-out sample, at
-    most half of them.
+    """A watch over a circuit in its own model, calibrated on `windows` of the model's held-out sample, spread over it
+    (`calibration_rows`).
 
     Effects are those on `pairs` training pairs. CircuitMismatchError for another model; ValueError as `calibrated`.
     """
     circuit.check(subject.model)
     batch = encode(task, subject.tokenizer, "train", pairs, seed, context=subject.model.context)
     effects = node_effects(subject.model, batch, constants(subject.means))
-    windows = max(1, min(windows, len(subject.sample) // 2))
-    made = {"pairs": pairs, "windows": windows, "seed": seed}
+    rows, _ = calibration_rows(len(subject.sample), windows)
+    made = {"pairs": pairs, "windows": len(rows), "seed": seed}
     watch = watch_nodes(subject, circuit.nodes, effects, circuit.task, provenance=made)
-    return watch.calibrated(subject.model, subject.sample[:windows, :-1], fpr=fpr, signal=signal)
+    return watch.calibrated(subject.model, subject.sample[rows, :-1], fpr=fpr, signal=signal)

@@ -120,7 +120,7 @@ def _store(model: SparseTransformer, place: Path, *, compact: bool) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(place)
     model.generation_config.save_pretrained(place)
-    save_compact(place / COMPACT_FILE, model.state_dict(), half=())
+    save_compact(place / COMPACT_FILE, model.state_dict(), rounded={})
 
 
 def write_openai(

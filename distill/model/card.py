@@ -4,6 +4,7 @@ Nothing in a card is typed by hand: what the model is, how it was trained and on
 `config.json` and `manifest.json` in its folder. What these do not say is left out.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def model_card(path_or_name: str | Path, *, license: str | None = None, repo: st
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
-        _opening(ours),
+        _opening(ours, known.get("config", {}).get("train", {}).get("kept")),
         _usage(repo or name, ours),
         _architecture(config) if ours else "",
         _training(known, record),
@@ -129,9 +130,11 @@ def _folder(path_or_name: str | Path) -> Path:
     return folder
 
 
-def _opening(ours: bool) -> str:
+def _opening(ours: bool, kept: float | None) -> str:
     if not ours:
         return "A dense language model, trained to be taken apart beside weight-sparse ones."
+    if kept == 1:
+        return "A dense transformer with the code of weight-sparse ones: what their circuits are compared with."
     return (
         "A weight-sparse transformer: most weights are exactly zero and few channels are active at a time, so that "
         "what it does can be read off as small circuits (Gao et al. 2025, arXiv 2511.13653)."
@@ -166,6 +169,7 @@ def _training(known: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "held-out loss": _shown(extra.get("heldout_loss"), "{:.3f} nats per token"),
         "trained on": _shown(extra.get("tokens"), "{:,} tokens"),
         "training time": _shown(extra.get("seconds"), "{:,.0f} s"),
+        "hardware": extra.get("hardware"),
         "projected weights": _shown(sparsity.get("numel"), "{:,}"),
         "of them not zero": _shown(sparsity.get("kept"), "{:,}"),
         "parameters": _shown(extra.get("parameters"), "{:,}"),
@@ -175,11 +179,14 @@ def _training(known: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "learning rate": _shown(train.get("learning_rate"), "{:.3g}"),
         "seed": known.get("seed"),
         "data fingerprint": _shown(known.get("data"), "`{:.12}`"),
-        "made on": record.get("created"),
-        "made with": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "made on": extra.get("made", record.get("created")),
+        "made with": ", ".join(
+            f"{name} {version}" for name, version in extra.get("made_with", record.get("versions", {})).items()
+        ),
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value not in (None, "")]
-    return "## Training\n\n" + "\n".join(["| what | value |", "|---|---|", *rows])
+    settings = f"\n\nAll settings:\n\n```json\n{json.dumps(train)}\n```" if train else ""
+    return "## Training\n\n" + "\n".join(["| what | value |", "|---|---|", *rows]) + settings
 
 
 def _shown(value: Any, form: str) -> str | None:

@@ -148,3 +148,13 @@ FAMILIES: Mapping[str, Family] = {
 
 PARALLEL = frozenset({"gpt_neox", "gptj", "phi", "falcon", "cohere", "codegen"})
 """Families whose layers read the residual stream once for attention and MLP together."""
+
+
+def check_family(model_type: str) -> None:
+    """ValueError for the `model_type` of a dense model that cannot be wrapped."""
+    if model_type not in FAMILIES:
+        why = ", whose attention and MLP read the residual stream side by side: there is no site between them,"
+        raise ValueError(
+            f"the architecture {model_type[:60]!r}{why if model_type in PARALLEL else ''} cannot be wrapped; allowed "
+            f"are {', '.join(FAMILIES)}"
+        )

@@ -2,12 +2,12 @@
 
 Transformers trusts a folder: it runs code that a configuration names (if asked to), unpickles, follows names out of the
 folder, and takes the memory that the configuration speaks of. So: with a manifest the files have to be the ones that
-were written; weights are safetensors, in the folder; nothing in it names other files or code; and the configuration
-may not speak of more than is stored.
+were written; weights are safetensors, in the folder; nothing in it names other files or code; the configuration is of
+a family that can be run, before anything is built from it, and may not speak of more than is stored.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from distill.artifact import MANIFEST, ArtifactError, read_json, read_manifest
+from distill.model.architecture import SparseTransformerConfig
+from distill.model.families import check_family
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
@@ -31,6 +33,8 @@ _MORE, _FEW = 4, 10_000_000
 """A configuration may speak of so many times the parameters that are stored, or of so many: mistakes are told apart by
 what does not fit, but what would take all memory is not tried."""
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_MOST = 10_000
+"""Layers, or labels of classes, that a configuration may speak of: transformers writes out lists of them."""
 _NAMING_FILES = ("_file", "_path")
 
 
@@ -38,10 +42,8 @@ def check_folder(folder: Path) -> None:
     """ValueError, as ArtifactError where the folder has a manifest, that names what cannot be loaded, or must not."""
     if (folder / MANIFEST).is_file():
         read_manifest(folder, "model")
-    config = read_config(folder)
+    config = check_config(folder)
     path = folder / CONFIG
-    if "auto_map" in config:
-        raise ArtifactError(f"{path}: auto_map names code to be run; allowed are architectures of transformers")
     if "quantization_config" in config:
         raise ArtifactError(f"{path}: quantization_config; allowed are weights in floating point")
     if (folder / "adapter_config.json").is_file():
@@ -51,9 +53,33 @@ def check_folder(folder: Path) -> None:
         layers = config.get(name)
         if isinstance(layers, int) and tensors is not None and layers > tensors:
             raise ArtifactError(f"{path}: {name} is {layers}, but the weights beside it are {tensors} tensors")
-    _check_attention_types(path, config, tensors)
     if parameters is not None:
         _check_size(path, folder, parameters)
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` holds, where transformers may make a configuration of it.
+
+    ValueError for a family that cannot be run, for one that names code, and for one that takes memory by itself.
+    """
+    config, path = read_config(folder), folder / CONFIG
+    if "auto_map" in config:
+        raise ArtifactError(f"{path}: auto_map names code to be run; allowed are architectures of transformers")
+    if config["model_type"] != SparseTransformerConfig.model_type:
+        try:
+            check_family(config["model_type"])
+        except ValueError as error:
+            raise ArtifactError(f"{path}: {error}") from None
+    for name in (*_LAYERS, "num_labels"):
+        number = config.get(name)
+        if isinstance(number, int | float) and not number <= _MOST:
+            raise ArtifactError(f"{path}: {name} is {number}, allowed are up to {_MOST}")
+    repeated = config.get("attention_types")
+    for item in repeated if isinstance(repeated, list) else ():  # GPT-Neo's kinds, and how often each is repeated
+        repeats = item[1] if isinstance(item, list) and len(item) == 2 else None
+        if type(repeats) is not int or not 0 <= repeats <= _MOST:
+            raise ArtifactError(f"{path}: attention_types holds {item!r}; allowed are [kinds, repeats], one a layer")
+    return config
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -70,6 +96,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def open_tokenizer(folder: Path, kind: Any = PreTrainedTokenizerFast) -> Any:
     """The tokenizer in a folder, by `kind.from_pretrained`. ValueError, in a line, for whatever is wrong there."""
+    if (folder / CONFIG).is_file():  # AutoTokenizer may look there
+        check_config(folder)
     if (folder / "tokenizer.json").is_file():
         _check_tokenizer_file(folder / "tokenizer.json")
     _check_settings(folder / TOKENIZER)
@@ -84,11 +112,28 @@ def open_tokenizer(folder: Path, kind: Any = PreTrainedTokenizerFast) -> Any:
 
 def _check_tokenizer_file(path: Path) -> None:
     try:
+        _check_prefix(path)
         Tokenizer.from_file(str(path))
     except Exception as error:
-        if type(error) is not Exception:
+        if type(error) is not Exception and not isinstance(error, ArtifactError):
             raise
         raise ValueError(f"tokenizer: {path} is damaged or no tokenizer ({first_line(error)})") from error
+
+
+def _check_prefix(path: Path) -> None:
+    """ArtifactError where a merge lacks the prefix of what goes on with a word: the tokenizers library cuts it off
+    unseen, and panics."""
+    found = read_json(path, what="tokenizer")
+    model: Any = found.get("model") if isinstance(found, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not isinstance(prefix, str) or not prefix or not isinstance(model.get("merges"), list):
+        return
+    for merge in model["merges"]:
+        last = (
+            merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ""
+        )
+        if not isinstance(last, str) or not last.startswith(prefix):
+            raise ArtifactError(f"{path}: continuing_subword_prefix is {prefix!r}, but the merge {merge!r} lacks it")
 
 
 def _check_settings(path: Path) -> None:
@@ -135,14 +180,6 @@ def _weight_files(folder: Path) -> Iterator[str]:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ArtifactError(f"{folder / INDEX}: {name!r}; allowed are names of safetensors in the folder")
             yield name
-
-
-def _check_attention_types(path: Path, config: Mapping[str, Any], tensors: int | None) -> None:
-    """GPT-Neo's list of kinds and how often each is repeated, which transformers writes out."""
-    for item in config.get("attention_types") or []:
-        repeats = item[1] if isinstance(item, list) and len(item) == 2 else None
-        if type(repeats) is not int or not 0 <= repeats <= (tensors or 0):
-            raise ArtifactError(f"{path}: attention_types holds {item!r}; allowed are [kinds, repeats], one a layer")
 
 
 def _check_size(path: Path, folder: Path, stored: int) -> None:

@@ -1,5 +1,6 @@
 """Models and tokenizers by path or by name."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +31,14 @@ def model_folder(path_or_name: str | Path) -> Path | None:
     holds no model.
     """
     path = Path(path_or_name)
-    if path.is_dir():
+    if os.path.isdir(path):  # False, where `Path.is_dir` raises, for what is too long for a name
         for folder in (path, path / "model"):
             if (folder / "config.json").is_file():
                 return folder
         raise ValueError(f"model: {path} holds no config.json, nor does a folder model/ in it; it is no model folder")
     if str(path_or_name) in shipped_names():
         return model_folder(SHIPPED / str(path_or_name))
-    if path.exists():
+    if os.path.exists(path):
         raise ValueError(f"model: {path} is a file; allowed are a model folder, a hub name, or {shipped_names()}")
     return None
 

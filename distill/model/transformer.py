@@ -360,14 +360,18 @@ class SparseTransformer(Runnable, PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / COMPACT_FILE).unlink(missing_ok=True)
 
-    def save_compact(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and the weights with their zeros left out, the bigram table in float16.
+    def save_compact(self, folder: str | os.PathLike[str], *, bigram: str = "float16") -> None:
+        """Writes config.json and the weights with their zeros left out, the bigram table as told.
 
-        Weights that an earlier `save_pretrained` left in the folder go.
+        Weights that an earlier `save_pretrained` left in the folder go. A rounded table makes another model, with
+        another fingerprint: that of what `from_pretrained` gives back.
+
+        Args:
+            bigram: float32 keeps the table, float16 and int8 round it (`distill.model.compact.save_compact`).
         """
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
-        save_compact(Path(folder) / COMPACT_FILE, self.state_dict())
+        save_compact(Path(folder) / COMPACT_FILE, self.state_dict(), rounded={"bigram": bigram})
         for pattern in PLAIN_FILES:
             for path in Path(folder).glob(pattern):
                 path.unlink()

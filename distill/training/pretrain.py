@@ -34,6 +34,7 @@ from distill.training.evaluate import continuation, heldout_loss
 from distill.training.log import make_engine
 from distill.training.objective import next_token_loss
 from distill.training.plot import PICTURE, plot_run
+from distill.training.process import hardware
 from distill.training.settings import TrainConfig
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import Evaluate, train
@@ -179,6 +180,7 @@ def pretrain(
         tokens = config.steps * config.batch * config.context
         report = sparsity_report(sparse) if sparse else {}
         extra = {"heldout_loss": loss, "tokens": tokens, "seconds": round(seconds, 1), "sparsity": report}
+        extra["hardware"] = hardware(next(model.parameters()).device, engine.num_processes)
         extra["corpus"] = dict(data.record)
         if engine.is_main_process:
             plot_run(history, folder / PICTURE)

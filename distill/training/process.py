@@ -1,11 +1,14 @@
 """The process that trains: its memory, and what Ctrl-C does to it."""
 
 import ctypes
+import os
 import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -39,3 +42,14 @@ def tune_malloc() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**30))
+
+
+def hardware(device: torch.device, processes: int = 1) -> str:
+    """What a training runs on, for its record: the device's name, or kind of processor, threads and cores."""
+    if device.type == "cuda":
+        one = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        one = f"{platform.machine()} processor, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    else:
+        one = str(device)
+    return one if processes == 1 else f"{processes} processes, each {one}"

@@ -10,6 +10,7 @@ import torch
 from bridges import Bridges, CompareConfig, Comparison, Lineup, add_crossings, add_subspaces, known_circuits
 from bridges.compare import _is_wanted, empty_losses
 from bridges.crossing import correspondence
+from bridges.interchange import interchange
 from bridges.report import bridge_lines, crossing_lines
 from bridges.transport import UNRELATED
 from distill.circuits import Circuit, PruneConfig, Subject, Task, encode, node_means
@@ -94,6 +95,14 @@ def test_a_model_and_its_copy_correspond(lineup: Lineup, task: Task, monkeypatch
     assert any("interchange" in line for line in lines) and any("heads and neurons" in line for line in lines)
 
 
+def test_pairs_passed_over_in_drawing_are_counted(lineup: Lineup, task: Task) -> None:
+    teacher = lineup.subjects[2]
+    batch = replace(encode(task, teacher.tokenizer, "test", 4, 0, context=24), dropped=3)
+    live = {"0.resid_in": torch.ones(8, dtype=torch.bool)}
+    found = interchange(teacher.model, teacher.model, Bridges.identity(1, 8), batch, live)
+    assert found.pairs == 4 and found.skipped == 3
+
+
 def test_planted_parts_cause_all_and_random_ones_their_share(lineup: Lineup, task: Task) -> None:
     """Two neurons alone write the channels that the student's circuit lives in: they cause all that happens there, and
     as many neurons at random cause, on average, their number's share."""
@@ -156,8 +165,7 @@ def test_circuits_that_are_known_are_taken_only_where_they_fit(
     known = known_circuits(folder)
     assert set(known) == {(task.name, name) for name in ("sparse", "dense_gpt2", "student")}
     sparse, dense = lineup.subjects[:2]
-    circuit = known[task.name, "sparse"]
+    (circuit,) = known[task.name, "sparse"]
     assert _is_wanted(circuit, sparse, PruneConfig(target=0.15))
     assert not _is_wanted(circuit, dense, PruneConfig(target=0.15))
     assert not _is_wanted(circuit, sparse, PruneConfig(target=0.1))
-    assert not _is_wanted(None, sparse, PruneConfig())

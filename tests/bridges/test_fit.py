@@ -23,9 +23,9 @@ from bridges import (
 )
 from bridges.fit import has_sink
 from distill.artifact import ArtifactError, Provenance, read_manifest
-from distill.circuits.subject import ship
 from distill.data.tokens import TokenData, train_tokenizer, windows
 from distill.model import DenseModel, SparseTransformer
+from distill.shipping import ship
 from distill.training.trainer import TrainConfig
 
 TRAINING = TrainConfig(steps=30, batch=8, context=12, learning_rate=0.03, kept=0.5, log_every=5, eval_every=0, eps=0.1)

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bridges import Bridges
-from bridges.watch import shadow_watch, stream_site
+from bridges.watch import random_shadows, shadow_watch, stream_site
 from distill.circuits.ablation import node_means
 from distill.circuits.answers import Calibration
 from distill.circuits.circuit import Circuit, CircuitMismatchError
 from distill.circuits.masks import all_nodes
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import Task, load_task
-from distill.circuits.watch import make_watch
+from distill.circuits.watch import calibration_rows, make_watch
 from distill.model import DenseModel, Record, SparseTransformer
 
 
@@ -86,12 +86,32 @@ def test_rows_are_those_of_the_encoders(
             site = stream_site(name, 2)
             expected = bridges.encoder(site)(record.values[site])[..., int(name.rsplit(".", 1)[1])]
             torch.testing.assert_close(values[..., place], expected, atol=1e-5, rtol=1e-4)
-    found = watch.score(dense, windows[:4, :-1])
+    found = watch.score(dense, windows[calibration_rows(len(windows), 4)[0], :-1])
     assert float(watch.flags(found).double().mean()) == pytest.approx(0.2, abs=0.03)
     with pytest.raises(CircuitMismatchError):
         shadow_watch(subjects[0], subjects[0], bridges, circuit_of(subjects[1], PLACES), task, **options)
     with pytest.raises(ValueError, match="is a channel of the stream"):
         shadow_watch(*subjects, bridges, circuit_of(subjects[1], {"1.mlp.post_act": [2]}), task, **options)
+
+
+def test_random_nodes_are_as_many_and_calibrated_alike(
+    dense: DenseModel, twin: SparseTransformer, windows: Tensor, tmp_path: Path
+) -> None:
+    subjects, task = [subject_of(model, windows) for model in (dense, twin)], pairs(tmp_path)
+    bridges, circuit = Bridges.identity(2, 16), circuit_of(subjects[1], {"1.attn.act_in": [0, 3], "0.mlp.act_in": [2]})
+    options = {"fpr": 0.2, "pairs": 4, "windows": 3}
+    watch = shadow_watch(*subjects, bridges, circuit, task, **options)
+    found = random_shadows(*subjects, bridges, circuit, task, watch, count=3, seed=1)
+    assert len(found) == 3 and len({one.names for one in found}) > 1
+    for one in found:
+        assert sorted(name.rsplit(".", 1)[0] for name in one.names) == [
+            "0.mlp.act_in",
+            "1.attn.act_in",
+            "1.attn.act_in",
+        ]
+        assert (one.data, one.fpr, one.model) == (watch.data, watch.fpr, watch.model)
+    again = random_shadows(*subjects, bridges, circuit, task, watch, count=3, seed=1)
+    assert [one.names for one in again] == [one.names for one in found]
 
 
 def test_over_an_identity_bridge_writes_lean_as_their_channels_of_the_stream_do(

@@ -1,5 +1,7 @@
 """Ablation values: means by hand, per position, on disk, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,24 @@ def test_the_model_is_left_in_its_mode(planted, make_windows):
     planted.train()
     node_means(planted, make_windows())
     assert planted.training
+
+
+def test_means_in_half_precision_come_back_rounded_and_once_only(tmp_path, planted_means):
+    planted_means.save(tmp_path / "whole.safetensors")
+    planted_means.save(tmp_path / "half.safetensors", half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "whole.safetensors").stat().st_size
+    back = Means.load(tmp_path / "half.safetensors")
+    for location, mean in planted_means.values.items():
+        assert torch.equal(back.values[location], mean.half().float())
+        assert torch.equal(back.magnitude[location], planted_means.magnitude[location].half().float())
+    back.save(tmp_path / "again.safetensors", half=True)
+    again = Means.load(tmp_path / "again.safetensors")
+    assert all(torch.equal(again.values[location], value) for location, value in back.values.items())
+    location = next(iter(back.values))
+    large = replace(back, values={**back.values, location: back.values[location] + 1e5})
+    with pytest.raises(ArtifactError, match=f"mean/{location} has values beyond float16"):
+        large.save(tmp_path / "large.safetensors", half=True)
+    assert not (tmp_path / "large.safetensors").exists()
 
 
 def test_save_and_load(tmp_path, planted_means):

@@ -85,6 +85,17 @@ def test_what_the_model_never_knew_is_not_lost() -> None:
     assert set(found) == {"before", "after"} and math.isclose(found["before"]["worst"], 0)
 
 
+def test_without_another_task_nothing_is_said_of_loss() -> None:
+    """0% would read as a finding."""
+    known = {"task": 0.0, "plain": 0.0, "accuracy": 1.0, "text": 2.0, "away": 2.0}
+    one = Measures(**known, others={"hardly": 0.5})
+    found = Account(edit=ModelEdit(), before=one, after=one, random=(one, one), away="", prompts=1, tokens=1)
+    rows = found.summary()
+    assert {row["lost"] for row in rows.values()} == {row["worst"] for row in rows.values()} == {None}
+    assert rows["random median"]["task"] == 0.0 and json.loads(json.dumps(found.to_json()))["summary"]["after"]
+    assert found.table().count("none") == 10
+
+
 def test_random_edits_are_matched(planted: SparseTransformer, planted_means: Means) -> None:
     values = constants(planted_means)
     size = planted_means.magnitude

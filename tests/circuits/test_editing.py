@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from distill.circuits.ablation import Means, node_means
 from distill.circuits.edges import induced_edge_set
@@ -231,6 +238,63 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="out of competition, allowed is 0"):
         ModelEdit(changes=(Change(node="0.mlp.act_in.1", factor=0.5, competition=False),))
     assert parse_edge("0.mlp.act_in.3->0.mlp.post_act.17") == ("0.mlp.act_in.3", "0.mlp.post_act.17")
+
+
+def test_a_node_and_an_edge_into_it_are_refused_together() -> None:
+    """What the edge contributes would go into a row that the change overwrites."""
+    model = MODELS["no topk"]
+    source, target = edge_names(induced_edge_set(model, all_nodes(model.widths)))[40].split("->")
+    cut, change = Cut(source=source, target=target, value=0.3), Change(node=target, value=0.2)
+    with pytest.raises(ValueError, match=f"{target} is changed and has an edge cut into it"):
+        ModelEdit(changes=(change,), cuts=(cut,))
+    assert ModelEdit(cuts=(cut,)).cuts == (cut,)
+
+
+def unbiased(kind: str) -> DenseModel:
+    """A dense model without biases in its linear maps (a Llama), or in those of its queries, keys and values."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = LlamaConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2,
+                             num_key_value_heads=2, vocab_size=31, max_position_embeddings=9)  # fmt: skip
+        return DenseModel(LlamaForCausalLM(config).eval())
+    config = GPTNeoConfig(num_layers=2, hidden_size=16, intermediate_size=24, num_heads=2, vocab_size=31,
+                          max_position_embeddings=9, window_size=9, attention_types=[[["global"], 2]],
+                          bos_token_id=0, eos_token_id=0)  # fmt: skip
+    return DenseModel(GPTNeoForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused", "allowed"),
+    [
+        ("llama", ("0.mlp.post_act.1", "0.mlp.act_in.1", "0.attn.q.1", "1.mlp.resid_delta.1"), ()),
+        ("gpt_neo", ("0.attn.act_in.1", "0.attn.q.1"), ("0.mlp.post_act.1", "0.mlp.act_in.1", "0.attn.resid_delta.1")),
+    ],
+)
+def test_a_constant_needs_a_bias_to_go_into_which_is_said_before(
+    kind: str, refused: tuple[str, ...], allowed: tuple[str, ...]
+) -> None:
+    model = unbiased(kind)
+    for node in (*refused, *allowed):
+        held = ModelEdit(changes=(Change(node=node, value=0.5),))
+        assert held.exact(model) == (node in allowed) == (obstacle(model, held.changes[0]) is None)
+        if node in refused:
+            with pytest.raises(InexactError, match="have no bias; exact is to clamp at 0"):
+                held.apply(model)
+        zero = ModelEdit(changes=(Change(node=node, value=0.0), Change(node="1.mlp.post_act.3", factor=0.5)))
+        assert zero.exact(model)
+        expected = logits(model, zero.tap(model))
+        torch.testing.assert_close(logits(zero.apply(model)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_edge_needs_a_bias_too() -> None:
+    model = unbiased("gpt_neo")
+    into_query = Cut(source="0.attn.act_in.1", target="0.attn.q.2", value=0.5)
+    into_neuron = Cut(source="0.mlp.act_in.1", target="0.mlp.post_act.2", value=0.5)
+    assert not ModelEdit(cuts=(into_query,)).exact(model) and ModelEdit(cuts=(into_neuron,)).exact(model)
+    with pytest.raises(InexactError, match="have no bias"):
+        ModelEdit(cuts=(into_query,)).check(model)
+    zero = ModelEdit(cuts=(replace(into_query, value=0.0),))
+    torch.testing.assert_close(logits(zero.apply(model)), logits(model, zero.tap(model)), atol=1e-5, rtol=1e-5)
 
 
 def test_an_edited_gpt2_loads_without_this_package(tmp_path: Path) -> None:

@@ -101,14 +101,83 @@ def test_a_flag_stops_its_sequence_alone(kind: str, request: pytest.FixtureReque
 def test_steering_is_in_force_after_the_flag(sparse: SparseTransformer) -> None:
     edit = ModelEdit(changes=(Change(node="1.mlp.act_in.3", value=8.0), Change(node="0.attn.q.1", competition=False)))
     watch = replace(watch_of(sparse), threshold=-1.0)
-    with LiveWatch(watch, sparse, action="steer", steer=edit.tap(sparse), prompt=True) as live:
-        tokens = PROMPT[:, :2]
-        with torch.no_grad():
-            first = sparse(tokens).logits
-            second = sparse(tokens).logits
-    assert torch.equal(first, sparse.run(tokens)) and bool(live.raised.all())
+    with LiveWatch(watch, sparse, action="steer", steer=edit.tap(sparse), prompt=True) as live, torch.no_grad():
+        first = sparse(PROMPT[:, :2]).logits
+        # As `generate` without a cache does it: the whole text again, and one token more.
+        second = sparse(PROMPT).logits
     with torch.no_grad():
-        torch.testing.assert_close(second, sparse.run(tokens, tap=edit.tap(sparse)))
+        assert torch.equal(first, sparse.run(PROMPT[:, :2])) and bool(live.raised.all())
+        torch.testing.assert_close(second, sparse.run(PROMPT, tap=edit.tap(sparse)))
+    assert [event.position for event in live.events] == [0, 1, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "gpt2"])
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_second_text_is_refused_until_the_watch_is_told(
+    kind: str, length: int, cached: bool, request: pytest.FixtureRequest
+) -> None:
+    """Of whatever length, one token and one more than were read included; plugged in or not."""
+    model = request.getfixturevalue(kind)
+    hf = model.hf if isinstance(model, DenseModel) else model
+    watch = watch_of(model) if kind == "sparse" else stream_watch(model)
+    other = torch.full((2, length), 7)
+    options = {"max_new_tokens": 2, "do_sample": False, "use_cache": cached, "eos_token_id": 16, "pad_token_id": 0}
+    with LiveWatch(watch, model) as live:
+        generate(model, use_cache=cached)  # reads 3 + 5
+        before = live.events
+        with pytest.raises(ValueError, match="a live watch follows one text"):
+            hf.generate(other, attention_mask=torch.ones_like(other), **options)
+        assert live.events == before
+        live.restart()
+        found = hf.generate(other, attention_mask=torch.ones_like(other), **options)
+    scores = watch.score(model, found[:, :-1])
+    strength = [event.strength for event in live.events if event.row == 0]
+    assert strength == pytest.approx(scores.strength[0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "gpt2"])
+def test_the_same_text_goes_on_and_chunks_make_one_prompt(kind: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(kind)
+    watch = watch_of(model) if kind == "sparse" else stream_watch(model)
+    plain = generate(model)
+    with LiveWatch(watch, model) as live:
+        stopping = StoppingCriteriaList([live])
+        assert torch.equal(generate(model, prefill_chunk_size=2, stopping_criteria=stopping), plain)
+    scores = watch.score(model, plain[:, :-1])
+    found = [(event.position, event.strength) for event in live.events if event.row == 1]
+    assert found == [(place, pytest.approx(one, abs=1e-4)) for place, one in enumerate(scores.strength[1].tolist())]
+    with LiveWatch(replace(watch, threshold=-1.0), model) as live:
+        generate(model, tokens=1, prefill_chunk_size=2, stopping_criteria=StoppingCriteriaList([live]))
+    assert not bool(live.raised.any()), "flags on the prompt do not count, in whatever chunks it is read"
+
+
+@pytest.mark.parametrize("kind", ["sparse", "gpt2"])
+def test_beams_that_are_exchanged_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(kind)
+    watch = watch_of(model) if kind == "sparse" else stream_watch(model)
+    with LiveWatch(watch, model) as live, pytest.raises(ValueError, match="goes on with another text"):
+        generate(model, num_beams=4, stopping_criteria=StoppingCriteriaList([live]))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "gpt2"])
+def test_padding_is_neither_flagged_nor_logged(kind: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(kind)
+    watch = replace(watch_of(model) if kind == "sparse" else stream_watch(model), threshold=-1.0)
+    hf = model.hf if isinstance(model, DenseModel) else model
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
+    with LiveWatch(watch, model) as live:
+        hf.generate(
+            PROMPT, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=16,
+            stopping_criteria=StoppingCriteriaList([live]),
+        )  # fmt: skip
+    assert [event.position for event in live.events if event.row == 0] == [2, 3]
+    assert [event.position for event in live.events if event.row == 1] == [0, 1, 2, 3]
+
+
+def test_embeddings_instead_of_tokens_are_refused(gpt2: DenseModel) -> None:
+    with LiveWatch(stream_watch(gpt2), gpt2), pytest.raises(ValueError, match="allowed are input_ids"):
+        gpt2.hf(inputs_embeds=torch.zeros(1, 2, 16))
 
 
 def test_a_dense_stream_is_steered_where_hooks_reach(gpt2: DenseModel) -> None:

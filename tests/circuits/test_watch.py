@@ -6,17 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.artifact import ArtifactError
+from distill.artifact import ArtifactError, load_tensors, save_tensors
 from distill.circuits.ablation import Means
 from distill.circuits.answers import answer_difference
 from distill.circuits.circuit import CircuitMismatchError
 from distill.circuits.editing import constants
 from distill.circuits.subject import Subject
 from distill.circuits.tasks import TaskBatch
-from distill.circuits.watch import NodeGauge, StreamGauge, Watch, node_effects, readings, watch_nodes
+from distill.circuits.watch import (
+    NodeGauge,
+    StreamGauge,
+    Watch,
+    calibration_rows,
+    node_effects,
+    readings,
+    watch_nodes,
+)
 from distill.model import SparseTransformer
 from distill.model.sites import Edit, Record
 
@@ -136,6 +146,60 @@ def test_files(watch: Watch, tmp_path: Path) -> None:
         watch.save(tmp_path / "one.safetensors")
     with pytest.raises(ArtifactError):
         Watch.load(tmp_path / "none.watch.safetensors")
+
+
+Spoil = Callable[[dict[str, Tensor], dict[str, object]], object]
+WRONG: dict[str, tuple[Spoil, str]] = {
+    "field missing": (lambda tensors, head: head.pop("fpr"), "holds no 'fpr'"),
+    "field of another kind": (lambda tensors, head: head.update(task=7), "task is 7, allowed is a text"),
+    "rate": (lambda tensors, head: head.update(fpr=1.5), "allowed are"),
+    "signal": (lambda tensors, head: head.update(signal="noise"), "signal 'noise'"),
+    "name of no node": (lambda tensors, head: head["names"].__setitem__(0, "nowhere"), "nowhere"),
+    "name that is no text": (lambda tensors, head: head["names"].__setitem__(0, 3), "allowed are names of nodes"),
+    "tensor missing": (lambda tensors, head: tensors.pop("slope"), "slope is no row of"),
+    "shape": (lambda tensors, head: tensors.update(mean=tensors["mean"][:1]), "mean is no row of"),
+    "whole numbers": (lambda tensors, head: tensors.update(effect=tensors["effect"].long()), "effect is no row of"),
+    "not finite": (lambda tensors, head: tensors["slope"].__setitem__(0, float("nan")), "slope is no row of"),
+    "no spread": (lambda tensors, head: tensors["spread"].__setitem__(0, 0.0), "spread must be above 0"),
+    "rows without places": (lambda tensors, head: tensors.update({"rows/final_resid": torch.ones(2, 16)}), "rows and"),
+    "offset without rows": (
+        lambda tensors, head: tensors.update(offset=torch.zeros(len(tensors["mean"]))), "rows and places",
+    ),
+    "place twice": (
+        lambda tensors, head: tensors.update(
+            {"rows/final_resid": torch.ones(len(tensors["mean"]), 16),
+             "places/final_resid": torch.zeros(len(tensors["mean"]), dtype=torch.long),
+             "offset": torch.zeros(len(tensors["mean"]))}
+        ), "rows and places",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_file_holds_is_checked(what: str, watch: Watch, tmp_path: Path) -> None:
+    """Sealed anew, as somebody else's writer would have done it."""
+    spoil, words = WRONG[what]
+    good, bad = watch.save(tmp_path / "good.watch.safetensors"), tmp_path / "bad.watch.safetensors"
+    tensors, head = load_tensors(good, kind="watch")
+    spoil(tensors, head)
+    save_tensors(bad, tensors, head)
+    with pytest.raises(ArtifactError, match=words):
+        Watch.load(bad)
+
+
+def test_windows_of_the_calibration_are_spread_and_leave_some(subject: Subject, watch: Watch) -> None:
+    assert [part.tolist() for part in calibration_rows(9, 3)] == [[0, 4, 8], [1, 2, 3, 5, 6, 7]]
+    assert [part.tolist() for part in calibration_rows(1, 3)] == [[0], []]
+    chosen, rest = calibration_rows(7, 100)
+    assert len(chosen) == 3 and sorted([*chosen.tolist(), *rest.tolist()]) == list(range(7))
+
+
+@given(total=st.integers(1, 400), windows=st.integers(1, 400))
+def test_calibration_and_judgement_share_no_window(total: int, windows: int) -> None:
+    chosen, rest = calibration_rows(total, windows)
+    assert sorted([*chosen.tolist(), *rest.tolist()]) == list(range(total))
+    assert len(chosen) == max(1, min(windows, total // 2))
+    assert total == 1 or (int(chosen[0]) == 0 and (len(chosen) == 1 or int(chosen[-1]) == total - 1))
 
 
 def test_what_is_refused(watch: Watch, subject: Subject, make_planted: Callable[..., SparseTransformer]) -> None:

@@ -20,6 +20,7 @@ def model(tmp_path: Path) -> Path:
     extra = {
         "heldout_loss": 2.34567,
         "tokens": 1234567,
+        "hardware": "a machine",
         "sparsity": {"kept": 100, "numel": 1000, "fraction": 0.1},
         "corpus": {
             "sources": [{"source": "stdlib", "licence": "PSF-2.0", "files": 3, "bytes": 99}],
@@ -64,6 +65,8 @@ def test_a_card_is_made_from_the_record(model: Path) -> None:
         "| of them not zero | 100 |",
         "| kept fraction | 0.0625 |",
         "| steps | 4,000 |",
+        "| hardware | a machine |",
+        '{"steps": 4000, "kept": 0.0625, "learning_rate": 0.03}',
         "| seed | 7 |",
         "| data fingerprint | `abcdef012345` |",
         "| d_mlp | 64 |",
@@ -73,6 +76,11 @@ def test_a_card_is_made_from_the_record(model: Path) -> None:
     ):
         assert line in card.content.splitlines(), line
     assert "converted from" not in card.content
+
+
+def test_the_card_of_a_dense_counterpart_does_not_call_it_sparse() -> None:
+    assert "Most weights are exactly zero".lower() in model_card("sparse")
+    assert "exactly zero" not in model_card("dense")
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_a_student_is_measured_beside_its_rivals(
     assert found["baselines"]["kl_only"]["sites"] == found["baselines"]["least_squares"]["sites"]
     assert found["tokens"] == 4 * 32 and "| unrelated |" in said and "| 0.resid_mid |" in said
     assert (tmp_path / "out" / "bridges.png").read_bytes()[1:4] == b"PNG"
+    # The same student on text that is read on the way, counted from its start.
+    streamed = ["--corpus", models / "texts", "--stream", "--unrelated", "none", "--kl-only", "none"]
+    assert recipe("measure_bridges", [*argv, *streamed, "--out", tmp_path / "streamed"]) == 0
+    told = json.loads((tmp_path / "streamed" / "bridges.json").read_text())
+    assert told["tokens"] == 4 * 32 and told["bigram_ce"] > 0 and "least_squares" in told["baselines"]
     assert recipe("measure_bridges", [*argv, "--unrelated", models / "gpt2"]) == 2
     assert "unrelated" in capsys.readouterr().err
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,32 @@ def test_an_edited_model_lies_beside_its_account(
     assert load_model(out).fingerprint() == model.fingerprint()
 
 
+def test_only_an_edited_model_is_replaced(
+    models: Path, circuits: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A trained model, the model that is edited among them, and what is no model stay to the last byte."""
+    trained, ours, notes = tmp_path / "trained", tmp_path / "ours", tmp_path / "notes"
+    shutil.copytree(models / "sparse" / "model", trained)
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("years")
+    argv = ["--circuit", circuits / "sparse.circuit.safetensors", "--model", models / "sparse", *FEW, "--op", "ablate"]
+    for out, words in ((trained, "a model that is no edited one"), (notes, "is not ours")):
+        before = {path: path.read_bytes() for path in out.rglob("*")}
+        assert recipe("edit_circuit", [*argv, "--out", out]) == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+        assert {path: path.read_bytes() for path in out.rglob("*")} == before
+    # An edited model is one that may be edited again, but not into its own place.
+    assert recipe("edit_circuit", [*argv, "--out", ours]) == 0
+    again = Circuit.load(circuits / "sparse.circuit.safetensors")
+    file = replace(again, model=load_model(ours).fingerprint()).save(tmp_path / "again.circuit.safetensors")
+    argv = ["--circuit", file, "--model", ours, *FEW, "--op", "ablate"]
+    capsys.readouterr()
+    assert recipe("edit_circuit", [*argv, "--out", ours]) == 2
+    assert "holds the very model that is to be edited" in capsys.readouterr().err
+    code = ["--edit.away", "closing_quotes", "--edit.code", models / "texts"]
+    assert recipe("edit_circuit", [*argv, *code, "--out", tmp_path / "twice"]) == 0, "it remembers its training's split"
+
+
 def test_edges_are_cut_and_text_is_code(models: Path, circuits: Path, recipe: Recipe, tmp_path: Path) -> None:
     file, out = circuits / "sparse.circuit.safetensors", tmp_path / "cut"
     model = load_model(models / "sparse")
@@ -68,6 +96,30 @@ def test_edges_are_cut_and_text_is_code(models: Path, circuits: Path, recipe: Re
     account = json.loads((out / "account.json").read_text())
     assert account["left_out_of_away"] == "tokens that close a string"
     assert account["edit"]["cuts"] and all(node in (cut["source"], cut["target"]) for cut in account["edit"]["cuts"])
+    # Another seed judges on other windows.
+    texts = []
+    for seed in (0, 1):
+        argv = ["--circuit", file, "--model", models / "sparse", "--out", out, *FEW, "--op", "ablate", "--nodes", node]
+        assert recipe("edit_circuit", [*argv, "--edit.seed", seed, "--edit.windows", "3"]) == 0
+        texts.append(json.loads((out / "account.json").read_text())["before"]["text"])
+    assert texts[0] != texts[1]
+
+
+def test_code_needs_the_split_of_the_training(
+    models: Path, circuits: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(models / "sparse" / "model", bare)
+    (bare / "manifest.json").unlink()
+    argv = ["--circuit", circuits / "sparse.circuit.safetensors", "--model", bare]
+    edit = [*argv, "--out", tmp_path / "out", *FEW, "--op", "ablate", "--edit.away", "closing_quotes"]
+    for name, words in (("edit_circuit", edit), ("monitor", [*argv, "--evaluate", tmp_path / "report.json"])):
+        assert recipe(name, words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: code: nothing says which files") and "leave code out" in error
+    assert recipe("monitor", [*argv, "--evaluate", tmp_path / "report.json", "--code"]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert "code" not in found and found["splits"]
 
 
 def test_the_dense_model_behind_the_bridge_is_edited(
@@ -127,7 +179,7 @@ def test_a_watch_reports_how_well_it_tells(
         found = json.loads((tmp_path / "report.json").read_text())
         assert {"val", "test", "shift"} <= set(found["splits"]) and "probe" in printed
         assert 0 <= found["code"]["inside"] <= 1 and set(found["code"]["rates"]) == {"0.01", "0.05", "0.1", "0.2"}
-        assert len(found.get("random", [])) == (20 if argv is sparse else 0)
+        assert len(found["random"]) == 20
 
 
 def test_bad_input_is_one_line(
@@ -135,14 +187,22 @@ def test_bad_input_is_one_line(
 ) -> None:
     argv = ["--circuit", circuits / "sparse.circuit.safetensors", "--model", models / "sparse"]
     edit = [*argv, "--out", tmp_path / "out", *FEW]
+    bridged = ["--circuit", circuits / "student.circuit.safetensors", "--bridge", models / "student", *edit[4:]]
     for name, words, message in (
         ("edit_circuit", [*edit, "--op", "melt"], "op: got 'melt'"),
         ("edit_circuit", [*edit, "--op", "clamp"], "value: missing"),
         ("edit_circuit", [*edit, "--op", "add", "--value", "1"], "for a dense model behind a bridge"),
         ("edit_circuit", [*edit, "--op", "ablate", "--nodes", "0.attn.q.1"], "AbsTopK chooses behind"),
+        ("edit_circuit", [*edit, "--op", "ablate", "--edit.directions", "contrast"], "directions: got 'contrast'"),
+        ("edit_circuit", [*bridged, "--op", "ablate", "--edit.no-competition"], "competition: a dense model"),
+        ("edit_circuit", [*bridged, "--op", "ablate", "--edit.inexact", "--edit.directions", "contrast"], "inexact:"),
+        ("edit_circuit", [*bridged, "--op", "cut-edges"], "no weight of the dense model"),
         ("edit_circuit", [*edit, "--op", "ablate", "--nodes", "auto", "0.attn.q.1"], "nodes: got"),
         ("monitor", argv, "input: missing"),
         ("monitor", [*argv, "--input", "x", "--fpr", "0"], "fpr: got 0"),
+        ("monitor", ["--circuit", "none", "--input", "x", "--save", tmp_path / "x.bin"], "names ending in"),
+        ("monitor", ["--circuit", "none", "--input", tmp_path / "gone.py"], "there is no file"),
+        ("monitor", ["--circuit", "none", "--save", tmp_path / "x.watch.safetensors", "--colour"], "goes with --input"),
     ):
         assert recipe(name, words) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

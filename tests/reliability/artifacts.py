@@ -6,7 +6,7 @@ be compared: a fault either leaves them as they were or is refused.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from distill.circuits import Circuit, load_task
 from distill.circuits.ablation import Means, node_means
 from distill.circuits.answers import Calibration
 from distill.circuits.viewer.labels import read_labels, write_labels
+from distill.circuits.watch import PLAIN, Watch
 from distill.data import pack, train_tokenizer
 from distill.data.corpus import Corpus, Document
 from distill.data.sample import load_sample, save_sample
@@ -44,6 +45,7 @@ from distill.training.checkpoint import load_checkpoint, save_checkpoint, whole_
 from distill.training.optim import make_optimizer
 
 SHAPE = Architecture(vocab_size=300, context=8, n_layer=1, d_model=8, d_head=4, d_mlp=8, bigram=False)
+TABLE = replace(SHAPE, bigram=True)
 ORIGIN = Provenance(kind="model", command="a test", config={"rate": 0.5}, seed=0, data="abc")
 
 
@@ -71,9 +73,9 @@ def words() -> PreTrainedTokenizerFast:
     return train_tokenizer([" ".join(f"word{i} = {i * i}" for i in range(400))], 300)
 
 
-def sparse() -> SparseTransformer:
+def sparse(shape: Architecture = SHAPE) -> SparseTransformer:
     """A model of which a quarter is not zero."""
-    model = SparseTransformer.build(SHAPE, seed=0)
+    model = SparseTransformer.build(shape, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -245,6 +247,42 @@ def _read_standalone(folder: Path) -> dict[str, Any]:
         return {"state": dict(module.state_dict()), "logits": module(windows()[:1, :6])}
 
 
+def _watch(folder: Path) -> None:
+    names = tuple(f"{location}.{channel}" for location, channel in (("0.attn.v", 1), ("0.mlp.post_act", 3)))
+    Watch(
+        model=sparse().fingerprint(),
+        model_name="mine",
+        task="for_while",
+        names=names,
+        mean=torch.tensor([0.5, -0.25]),
+        spread=torch.tensor([1.0, 2.0]),
+        effect=torch.tensor([0.75, 0.125]),
+        slope=torch.tensor([-1.0, 3.0]),
+        threshold=1.5,
+        data="abc",
+        provenance={"seed": 3},
+    ).save(folder / "a.watch.safetensors")
+
+
+def _dense_watch(folder: Path) -> None:
+    _watch(folder)
+    known = Watch.load(folder / "a.watch.safetensors")
+    (folder / "a.watch.safetensors").unlink()
+    rows = {"0.resid_mid": torch.ones(1, 8), "final_resid": torch.full((1, 8), 0.5)}
+    places = {"0.resid_mid": torch.tensor([1]), "final_resid": torch.tensor([0])}
+    replace(known, rows=rows, places=places, offset=torch.tensor([0.5, 1.0])).save(folder / "a.watch.safetensors")
+
+
+def _read_watch(folder: Path) -> dict[str, Any]:
+    """Its numbers, and what it makes of a run of a model of its shape."""
+    watch = Watch.load(folder / "a.watch.safetensors")
+    plain = {name: getattr(watch, name) for name in PLAIN}
+    numbers = {name: getattr(watch, name) for name in ("mean", "spread", "effect", "slope")}
+    scores = watch.scores(torch.arange(2 * len(watch.names)).reshape(2, -1).float())
+    return {**numbers, "names": repr(watch.names), "plain": fingerprint(plain), "rows": dict(watch.rows),
+            "places": dict(watch.places), "strength": scores.strength, "flags": watch.flags(scores)}  # fmt: skip
+
+
 def _read_means(folder: Path) -> dict[str, Any]:
     means = Means.load(folder / "means.safetensors")
     return {"values": dict(means.values), "magnitude": dict(means.magnitude), "model": means.model, **means.head()}
@@ -252,6 +290,9 @@ def _read_means(folder: Path) -> dict[str, Any]:
 
 FORMATS: Mapping[str, Format] = {
     "compact model": Format(write=lambda at: _model(at, lambda place: sparse().save_compact(place)), read=_read_model),
+    "compact table": Format(
+        write=lambda at: _model(at, lambda place: sparse(TABLE).save_compact(place, bigram="int8")), read=_read_model
+    ),
     "plain model": Format(write=lambda at: _model(at, lambda place: sparse().save_pretrained(place)), read=_read_model),
     "gpt2": Format(
         write=lambda at: _model(at, lambda place: DenseModel.build_gpt2(SHAPE).hf.save_pretrained(place)),
@@ -266,6 +307,8 @@ FORMATS: Mapping[str, Format] = {
         read=lambda at: of_circuit(Circuit.load(at / "a.circuit.safetensors")),
     ),
     "standalone circuit": Format(write=_standalone, read=_read_standalone),
+    "watch": Format(write=_watch, read=_read_watch),
+    "dense watch": Format(write=_dense_watch, read=_read_watch),
     "means": Format(write=lambda at: circuit().means.save(at / "means.safetensors"), read=_read_means),
     "scorecard": Format(
         write=_card, read=lambda at: {"card": fingerprint(scorecard_beside(at / "a.circuit.safetensors") or {})}

@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("known", [ARTIFACTS.FORMATS[name] for name in names], ids=names)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def formats() -> dict[str, Any]:
     return dict(ARTIFACTS.FORMATS)
 

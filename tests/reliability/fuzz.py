@@ -3,7 +3,8 @@
     python tests/reliability/fuzz.py FORMAT FIRST COUNT
 
 reads the example of a format (of `artifacts.py`) spoiled by each of the seeds FIRST ... FIRST + COUNT - 1, and prints
-those that end in anything but a value or a `ValueError`. A seed alone decides what is done to which file.
+those that end in anything but a value or a `ValueError`, a panic of a library included, or that took memory because a
+file says so: more than `MEMORY` at once. A seed alone decides what is done to which file.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ WEIRD: list[Any] = [
     *([], {}, [[]], [None], [0], [-1], ["x"], {"": 0}, {"x": {}}, [1] * 50, [[[[[[[[1]]]]]]]]),
 ]
 DEEP = "[" * 100_000
+MEMORY, ROOM = 2**29, 2**33
+"""Bytes that one input may take at its peak beyond what was taken before, and that this process may ask for at all."""
 
 
 def spoil(folder: Path, targets: list[Path], seed: int) -> Path:
@@ -206,6 +210,18 @@ def _places(value: Any, path: list[Any]) -> Any:
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
+def load(path: Path) -> ModuleType:
+    """A module by its file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BOUNDED = load(Path(__file__).with_name("bounded.py"))
+
+
 class Bench:
     """The whole example of a format, and a copy that is spoiled again and again."""
 
@@ -225,6 +241,7 @@ class Bench:
             return "loaded"
         except ValueError as error:
             assert str(error).strip()
+            assert not BOUNDED.denied(error), f"asked for more memory than {ROOM} bytes: {error}"
             return "refused"
         finally:
             for path, raw in self.kept.items():
@@ -232,18 +249,21 @@ class Bench:
 
 
 def main(name: str, first: int, count: int) -> int:
-    spec = importlib.util.spec_from_file_location("artifacts", Path(__file__).with_name("artifacts.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["artifacts"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(Path(__file__).with_name("artifacts.py"))
     torch.set_num_threads(1)
     begun, found, failed = time.process_time(), {"loaded": 0, "refused": 0}, 0
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(module.FORMATS[name], Path(place))
+        bench.known.read(bench.whole)
+        BOUNDED.limited(ROOM)
         for seed in range(first, first + count):
+            before = BOUNDED.peak()
             try:
                 found[bench.outcome(seed)] += 1
-            except Exception as error:
+                assert (took := BOUNDED.peak() - before) <= MEMORY, f"took {took} bytes"
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a panic in Rust is no Exception
                 failed += 1
                 frame = error.__traceback__
                 while frame is not None and frame.tb_next is not None:

@@ -2,11 +2,11 @@
 
     python tests/reliability/killed.py training FOLDER SEED KILLS
 
-Jobs: training, bridges, sweep; each is a recipe on tiny models. Trials go on until there were so many kills; each is a
-folder of its own: the job is killed by SIGKILL up to three times, in every other trial by itself at a random operation
-on its files (so in the middle of a save), in the others from outside after a random share of its processor time, and
-then runs to the end. Everything that is imported is imported once; every attempt is a fork. Prints one line of JSON;
-status 1 where anything differs.
+Jobs: training, bridges, sweep, or some of them with commas between; each is a recipe on tiny models. Trials go on until
+there were so many kills; each is a folder of its own: the job is killed by SIGKILL up to three times, in every other
+trial by itself at a random operation on its files (so in the middle of a save), in the others from outside after a
+random share of its processor time, and then runs to the end. Everything that is imported is imported once; every
+attempt is a fork. Prints one line of JSON for each job; status 1 where anything differs.
 """
 
 import importlib.util
@@ -242,4 +242,5 @@ def main(kind: str, base: Path, seed: int, wanted_kills: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    jobs, folder, seed, kills = sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    raise SystemExit(max(main(kind, folder / kind, seed, kills) for kind in jobs))

@@ -15,6 +15,8 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
 NOWHERE = "/nowhere/at/all"
+SHARE = 3
+"""By default one in so many is tried."""
 FREE = {"label", "name"}
 """Fields in which any value is right."""
 POSITIONAL = {"convert": ["to-openai", "sparse"], "view": ["none.circuit.safetensors"]}
@@ -213,19 +215,20 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_are_many_and_of_every_recipe() -> None:
-    numbers = {name: len(cases(name)) for name in RECIPES}
+    numbers = {name: len(cases(name)[::SHARE]) for name in RECIPES}
     assert sum(numbers.values()) >= 150 and all(number >= 2 for number in numbers.values()), numbers
 
 
+@pytest.mark.parametrize("share", [SHARE, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RECIPES)
 def test_wrong_command_lines_are_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given, faults = places(tmp_path), []
     before = listing(tmp_path)
     main: Callable[[Sequence[str]], int] = load(name).main
-    for words, said in cases(name):
+    for words, said in cases(name)[::share]:
         argv = [word.format(**given) for word in words]
         capsys.readouterr()
         try:

@@ -8,15 +8,34 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from distill.artifact import lock
+from distill.artifact import ArtifactError, Provenance, fresh_folder, lock
 from distill.circuits import Circuit
 
 ROOT = Path(__file__).parents[2]
 HOLDER = "import sys\nfrom distill.artifact import lock\nwith lock(sys.argv[1]):\n    print(1, flush=True)\n    input()"
+FORKED = """
+import os, sys, time
+from pathlib import Path
+from distill.artifact import Provenance, fresh_folder, lock
+run, report = map(Path, sys.argv[1:])
+origin = Provenance(kind="report", command="a", config={}, seed=1, data=None)
+with lock(run), fresh_folder(report, origin):
+    child = os.fork()
+    if not child:
+        try:
+            with lock(run):
+                os.write(1, b"taken\\n")
+        except ValueError as error:
+            os.write(1, f"{error}\\n".encode())
+        time.sleep(600)
+    os.write(1, f"{child}\\n".encode())
+    time.sleep(600)
+"""
 SHARED = """
 import importlib.util, os, sys
 from distill.circuits import sweep as sweeps
@@ -76,6 +95,58 @@ def test_a_run_under_way_is_not_overwritten(recipe: Recipe, texts: Path, tiny: l
         holder.communicate()
     with lock(tmp_path / "run"):
         pass
+
+
+def test_a_forked_child_has_no_lock_of_its_parent_and_leaves_none(tmp_path: Path) -> None:
+    """It is refused while its parent lives; once that is killed others go on, though the child lives still."""
+    run, report = tmp_path / "run", tmp_path / "report"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", FORKED, str(run), str(report)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert parent.stdout is not None
+        one, two = sorted((parent.stdout.readline(), parent.stdout.readline()), key=len)
+        child = int(one)
+        assert f"{run}: in use by another run (process {parent.pid} on " in two
+        with pytest.raises(ArtifactError, match=f"written by another run .process {parent.pid}"):
+            write_report(report)
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        os.kill(child, 0)
+        with lock(run):
+            write_report(report)
+        assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+        assert json.loads((report / "manifest.json").read_text())["kind"] == "report"
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
+
+
+def write_report(folder: Path) -> None:
+    with fresh_folder(folder, Provenance(kind="report", command="b", config={}, seed=2, data=None)) as place:
+        (place / "index.html").write_text("<html></html>")
+
+
+def test_a_child_that_walks_out_of_what_its_parent_holds_changes_nothing(tmp_path: Path) -> None:
+    """As one does that raises; the parent holds the folder still, and what it writes is there."""
+    parent, status = os.getpid(), 1
+    origin = Provenance(kind="report", command="b", config={}, seed=2, data=None)
+    try:
+        with lock(tmp_path / "run"), lock(tmp_path / "run"), fresh_folder(tmp_path / "a", origin) as place:
+            (place / "index.html").write_text("mine")
+            child = os.fork()
+            if not child:
+                raise InterruptedError
+            _, ended = os.waitpid(child, 0)
+            with ThreadPoolExecutor(1) as thread, pytest.raises(ArtifactError, match=f"process {parent} on"):
+                thread.submit(lambda: lock(tmp_path / "run").__enter__()).result()
+    except InterruptedError:
+        status = 0
+    finally:
+        if os.getpid() != parent:
+            os._exit(status)
+    assert ended == 0
+    assert (tmp_path / "a" / "index.html").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -25,7 +25,29 @@ def bench_of(known: Any, place: Path) -> Any:
 
 def kept_seeds(test: Callable[..., None]) -> Callable[..., None]:
     """Seeds under which some loader once raised something else; one file of each format is spoiled by each."""
-    for seed in (11, 67, 70, 84, 101, 111, 112, 131, 132, 134, 144, 195, 196, 201, 210, 268, 1176, 1443, 3417, 5431):
+    for seed in (
+        11,
+        67,
+        70,
+        84,
+        101,
+        111,
+        112,
+        131,
+        132,
+        134,
+        144,
+        195,
+        196,
+        201,
+        210,
+        268,
+        1176,
+        1443,
+        3417,
+        3624,
+        5431,
+    ):
         test = example(seed=seed)(test)
     return test
 

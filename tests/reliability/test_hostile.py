@@ -5,16 +5,20 @@ import os
 import pickle
 import shutil
 import struct
-import tracemalloc
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bridges import Bridges
+from bridges.folder import load_bridged
 from distill import load_model, load_tokenizer
-from distill.artifact import ArtifactError, read_json, read_manifest
+from distill.artifact import ArtifactError, load_tensors, read_json, read_manifest, save_tensors
 from distill.circuits import Circuit, load_task
 from distill.circuits.viewer.labels import read_labels
 from distill.circuits.viewer.page import escaped
@@ -47,12 +51,6 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.fixture
 def gpt2(formats: dict[str, Any], tmp_path: Path) -> Path:
     formats["gpt2"].write(tmp_path)
-    return unlisted(tmp_path / "model")
-
-
-@pytest.fixture
-def compact(formats: dict[str, Any], tmp_path: Path) -> Path:
-    formats["compact model"].write(tmp_path)
     return unlisted(tmp_path / "model")
 
 
@@ -120,33 +118,162 @@ def test_a_manifest_names_no_files_elsewhere(name: str, formats: dict[str, Any],
         read_manifest(tmp_path / "report")
 
 
+CONFIG, OPTIONS = "config.json", "beeg_config.json"
+BOMBS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    # name: reader, format, file and what is changed in it; of a tensor file in its head, with hashes that fit.
+    "layers": ("model", "gpt2", CONFIG, {"n_layer": 10**9}),
+    "width": ("model", "gpt2", CONFIG, {"n_embd": 2**20, "n_head": 2}),
+    "vocabulary": ("model", "gpt2", CONFIG, {"vocab_size": 2**40}),
+    "positions": ("model", "gpt2", CONFIG, {"n_positions": 2**30}),
+    "some positions": ("model", "gpt2", CONFIG, {"n_positions": 2**25}),
+    "neurons": ("model", "gpt2", CONFIG, {"n_inner": 2**40}),
+    "labels": ("model", "gpt2", CONFIG, {"num_labels": 10**8}),
+    "kinds": ("model", "gpt2", CONFIG, {"model_type": "gpt_neo", "attention_types": [[["global"], 10**10]]}),
+    "rotary": ("model", "gpt2", CONFIG, {"model_type": "llama", "head_dim": 2**34}),
+    "other layers": ("model", "gpt2", CONFIG, {"model_type": "bart", "decoder_layers": 9000, "encoder_layers": 9000}),
+    "inner layers": (
+        "model",
+        "gpt2",
+        CONFIG,
+        {"model_type": "llava", "text_config": {"model_type": "qwen2", "num_hidden_layers": 10**8}},
+    ),
+    "written-out layers": ("tokenizer", "gpt2", CONFIG, {"model_type": "qwen2", "num_hidden_layers": 10**8}),
+    "labels beside a tokenizer": ("tokenizer", "gpt2", CONFIG, {"num_labels": 10**8}),
+    "compact layers": ("model", "compact model", CONFIG, {"n_layer": 10**9}),
+    "compact width": ("model", "compact model", CONFIG, {"d_model": 2**20}),
+    "compact vocabulary": ("model", "compact model", CONFIG, {"vocab_size": 2**40}),
+    "compact neurons": ("model", "compact model", CONFIG, {"d_mlp": 2**40}),
+    "compact labels": ("model", "compact model", CONFIG, {"num_labels": 10**8}),
+    "compact zeros": ("model", "compact model", "model.sparse.safetensors", {"shape": [2**16, 2**15]}),
+    "bridges' width": ("bridges", "bridges", "bridges/bridges.safetensors", {"d_dense": 2**27}),
+    "bridges' layers": ("bridges", "bridges", "bridges/bridges.safetensors", {"n_layer": 10**8}),
+    "options' layers": ("openai", "openai options", OPTIONS, {"n_layer": 10**9}),
+    "options' width": ("openai", "openai options", OPTIONS, {"d_model": 2**30}),
+}
+
+
+def spoiled(whole: Path, place: Path, file: str, changes: dict[str, Any]) -> Path:
+    """A copy of a folder in which one file speaks of more than there is."""
+    shutil.copytree(whole, place)
+    path = next(path for path in place.rglob("*") if path.as_posix().endswith(f"/{file}"))
+    if path.suffix == ".json":
+        edit(path, **changes)
+        return place
+    kind = "bridges" if "bridges" in file else "compact"
+    tensors, head = load_tensors(path, kind=kind)
+    said = head["shape"] if kind == "bridges" else next(
+        entry for entry in head["tensors"].values() if entry["storage"] == "sparse"
+    )  # fmt: skip
+    said.update(changes)
+    save_tensors(path, tensors, head)
+    return place
+
+
+@pytest.fixture(scope="module")
+def bombs(formats: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What became of each of `BOMBS` in a process with little memory, all in one."""
+    base, cases = tmp_path_factory.mktemp("bombs"), []
+    for number, (reader, name, file, changes) in enumerate(BOMBS.values()):
+        whole = base / name
+        if not whole.exists():
+            whole.mkdir()
+            formats[name].write(whole)
+            for manifest in whole.rglob("manifest.json"):
+                manifest.unlink()
+            for settings in whole.rglob("tokenizer_config.json"):
+                edit(settings, tokenizer_class=None)  # so that it is looked for in config.json
+        copy = spoiled(whole, base / str(number), file, changes)
+        inner = {"model": "model", "tokenizer": "model", "bridges": "bridges"}.get(reader, ".")
+        cases.append([reader, str(whole / inner), str(copy / inner)])
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("bounded.py"))],
+        input=json.dumps(cases), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(cases), (list(BOMBS)[len(lines)], done.returncode, done.stderr[-2000:])
+    return dict(zip(BOMBS, map(json.loads, lines), strict=True))
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_file_takes_memory_by_what_it_says(name: str, bombs: dict[str, dict[str, Any]]) -> None:
+    found = bombs[name]
+    assert found["refused"], "was loaded"
+    assert not found["denied"] and found["bytes"] < 2**26, found
+    assert found["refused"].startswith(("ValueError", "ArtifactError")) and len(found["refused"]) < 1000, found
+
+
+@pytest.mark.parametrize("kind", ["bart", "gpt_neox", "qwen2", "t5", "x" * 5000])
+def test_of_another_family_nothing_is_built(kind: str, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is its configuration, whose form nobody has looked at."""
+
+    def built(*_: Any, **__: Any) -> None:
+        raise AssertionError("built")
+
+    for one in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(one, "from_pretrained", built)
+    edit(gpt2 / "config.json", model_type=kind, decoder_layers=10**6, text_config={"model_type": "gpt2"})
+    for read in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match="cannot be wrapped; allowed are gpt2, gpt_neo, llama") as error:
+            read(gpt2)
+        assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("prefix", ["</w>", "x", "9" * 30, "\u202e"])
+def test_a_prefix_that_no_merge_has_is_refused_before_the_library_panics(prefix: str, gpt2: Path) -> None:
+    path = gpt2 / "tokenizer.json"
+    record = json.loads(path.read_text())
+    for merges in (record["model"]["merges"], [" ".join(merge) for merge in record["model"]["merges"]]):
+        model = {**record["model"], "continuing_subword_prefix": prefix, "merges": merges}
+        path.write_text(json.dumps({**record, "model": model}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged .*continuing_subword_prefix"):
+            load_tokenizer(gpt2)
+
+
+def test_a_prefix_that_all_merges_have_is_taken(gpt2: Path) -> None:
+    path = gpt2 / "tokenizer.json"
+    record = json.loads(path.read_text())
+    kept = {token: number for token, number in record["model"]["vocab"].items() if number < 298}
+    vocab = {**kept, "##r": 298, "or": 299}
+    record["model"] |= {"vocab": vocab, "merges": [["o", "##r"]], "continuing_subword_prefix": "##"}
+    path.write_text(json.dumps(record))
+    assert len(load_tokenizer(gpt2)) >= 300
+
+
 @pytest.mark.parametrize(
-    ("file", "changes"),
+    ("field", "value", "said"),
     [
-        ("gpt2", {"n_layer": 10**9}),
-        ("gpt2", {"n_embd": 2**20, "n_head": 2}),
-        ("gpt2", {"vocab_size": 2**40}),
-        ("gpt2", {"n_positions": 2**30}),
-        ("gpt2", {"n_inner": 2**40}),
-        ("gpt2", {"model_type": "gpt_neo", "attention_types": [[["global"], 10**10]]}),
-        ("compact", {"n_layer": 10**9}),
-        ("compact", {"d_model": 2**20}),
-        ("compact", {"vocab_size": 2**40}),
-        ("compact", {"d_mlp": 2**40}),
+        ("n_layer", 2, "n_layer"),
+        ("n_layer", True, "n_layer: got True"),
+        ("d_dense", 9, "encode/0.resid_in/weight"),
+        ("d_dense", 8.0, "d_dense"),
+        ("k", "4", "k"),
+        ("d_sparse", None, "d_sparse"),
     ],
-)  # fmt: skip
-def test_a_configuration_takes_no_memory_that_the_weights_do_not(
-    file: str, changes: dict[str, Any], request: pytest.FixtureRequest
+)
+def test_bridges_of_another_shape_than_their_tensors_are_refused(
+    field: str, value: object, said: str, formats: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder: Path = request.getfixturevalue(file)
-    edit(folder / "config.json", **changes)
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError):
-            load_model(folder)
-        assert tracemalloc.get_traced_memory()[1] < 2**28
-    finally:
-        tracemalloc.stop()
+    formats["bridges"].write(tmp_path)
+    path = tmp_path / "bridges" / "bridges.safetensors"
+    tensors, head = load_tensors(path, kind="bridges")
+    head["shape"][field] = value
+    save_tensors(path, tensors, head)
+    with pytest.raises(ArtifactError, match=said):
+        Bridges.load(path.parent)
+    with pytest.raises(ArtifactError, match="bridges"):
+        save_tensors(path, {**tensors, "encode/0.resid_in/weight": torch.ones(8, 8, dtype=torch.int64)}, head)
+        Bridges.load(path.parent)
+
+
+def test_a_dense_model_of_an_impossible_name_is_looked_for_only_when_it_is_loaded(
+    formats: dict[str, Any], tmp_path: Path
+) -> None:
+    formats["bridges"].write(tmp_path)
+    edit(tmp_path / "dense.json", name="x" * 5000)
+    (tmp_path / "manifest.json").unlink()
+    _, _, info = load_bridged(tmp_path)
+    with pytest.raises(ValueError):
+        info.dense.load()
 
 
 def test_the_head_of_a_tensor_file_is_not_believed(formats: dict[str, Any], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Watch:
         assert files == others
 
 
-@pytest.mark.parametrize("steps", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [160, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_steps(steps: int, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     shape = Architecture(vocab_size=40, context=8, n_layer=1, d_model=16, d_head=8, d_mlp=16)

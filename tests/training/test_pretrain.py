@@ -38,6 +38,7 @@ def test_a_sparse_model_ends_as_sparse_as_asked_and_loads_by_its_folder(data: To
     manifest = read_manifest(done.folder, "model")
     assert manifest["provenance"]["command"] == "a test"
     assert manifest["provenance"]["extra"]["heldout_loss"] == done.heldout_loss
+    assert "threads on" in manifest["provenance"]["extra"]["hardware"]
     assert manifest["provenance"]["extra"]["tokens"] == 6 * 4 * 16
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "heldout_loss" in line] == [3, 6]
