@@ -109,9 +109,9 @@ def compare(
     """Prunes every subject on every task and puts the circuits side by side.
 
     `known` are circuits by (task, name of the model), as an earlier comparison saved them (`known_circuits`): one that
-    belongs to the model and meets the same target is taken instead of being searched for again. `keep` is handed every
-    circuit as soon as a search has found it. `beside` are models whose losses token by token are looked at, and nothing
-    else: another seed of the dense model says what agreement to expect.
+    belongs to the model and was searched for alike, to the same target, is taken instead of being searched for again.
+    `keep` is handed every circuit as soon as a search has found it. `beside` are models whose losses token by token are
+    looked at, and nothing else: another seed of the dense model says what agreement to expect.
 
     Subjects named `sparse`, `sparse_2`, ... and `dense`, `dense_2`, ... are the pair of the ratio. A task that a model
     cannot do keeps its row with a reason. ValueError for names that stand twice or mean something else, and where a
@@ -310,13 +310,18 @@ def _circuit(
 
 
 def _is_wanted(known: Circuit, subject: Subject, settings: PruneConfig) -> bool:
-    """Whether a circuit found earlier is of this model, met this target, and was searched for by these settings."""
+    """Whether a circuit found earlier is of this model, met this target, and was searched for by these settings.
+
+    One from before there was a setting was made by its default.
+    """
     if known.model != subject.model.fingerprint():
+        return False
+    if settings.ablation == "mean" and known.means.data != subject.means.data:
         return False
     if not math.isclose(known.target, settings.target, rel_tol=1e-6):
         return False
-    wanted, made = asdict(settings), known.provenance["config"]
-    return all(made.get(name, wanted[name]) == wanted[name] for name in wanted.keys() - FROM_TARGET)
+    wanted, made = asdict(settings), {**asdict(PruneConfig()), **known.provenance["config"]}
+    return all(made[name] == wanted[name] for name in wanted.keys() - FROM_TARGET)
 
 
 def judge(

@@ -10,6 +10,7 @@ from bridges.maps import Bridges
 from bridges.ratios import DENSE, SPARSE, arm_name
 from distill.artifact import fresh_folder, read_manifest, write_json
 from distill.circuits.subject import Subject, load_subject
+from distill.model.card import CARD
 from distill.model.load import SHIPPED
 from distill.shipping import as_stored, ship, shipped_provenance
 from distill.training.evaluate import heldout_loss
@@ -92,7 +93,8 @@ def bridge_folder(bridge: str) -> Path:
 def ship_bridged(folder: Path, out: Path, *, dense: str | None = None, bigram: str = "float16") -> Path:
     """Copies what `fit_bridges` made to `out`, without checkpoints, the student shipped as any model (`ship`).
 
-    The metrics are those that were measured where the bridges were fitted: of the student before its table was rounded.
+    The student's card stands in `out` itself. The metrics are those that were measured where the bridges were fitted:
+    of the student before its table was rounded.
 
     Args:
         folder: what `fit_bridges` made, or a shipped one.
@@ -110,7 +112,8 @@ def ship_bridged(folder: Path, out: Path, *, dense: str | None = None, bigram: s
     measured = {"heldout_loss": heldout_loss(student, subject.sample)}
     provenance = shipped_provenance(read_manifest(folder, "bridge"), "bridge", measured)
     with fresh_folder(out, provenance, replace=True) as place:
-        ship(folder / MODEL, place / MODEL, bigram=bigram)
+        ship(folder / MODEL, place / MODEL, bigram=bigram, name=out.resolve().name)
+        (place / MODEL / CARD).rename(place / CARD)
         bridges.save(place / BRIDGES)
         write_json(place / METRICS_FILE, info.metrics)
         write_json(place / DENSE_FILE, {**record.stored(place), "student": student.fingerprint()})

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import nn
+
 from bridges.baselines import bigram_loss, load_rivals, measure
 from bridges.fit import FITTED_WINDOWS, counted, has_sink, training_windows
 from bridges.folder import load_bridged
@@ -58,7 +60,8 @@ def run(options: Options) -> None:
     folder = bridge_folder(options.bridge)
     student, bridges, info = load_bridged(folder)
     device = command.pick_device(options.device)
-    dense, student, bridges = info.dense.load().to(device), student.to(device), bridges.to(device)
+    dense, bridges = info.dense.load().to(device), bridges.to(device)
+    nn.Module.to(student, device)
     tokenizer = load_tokenizer(folder)
     rivals = load_rivals(dense, tokenizer, unrelated=options.unrelated, kl_only=options.kl_only)
     tokens = options.out.with_name(options.out.name + ".tokens")

@@ -1,15 +1,18 @@
 """Models made ready for others: what is said of them is true of what was stored."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from distill import load_model, load_subject
-from distill.artifact import Provenance, fresh_folder, read_manifest
+from distill.artifact import Provenance, fresh_folder, load_tensors, read_manifest, write_manifest
+from distill.circuits.ablation import node_means
 from distill.data.sample import save_sample
 from distill.data.tokens import train_tokenizer
 from distill.model import Architecture, SparseTransformer
+from distill.model.card import model_card
 from distill.shipping import ship
 from distill.training.evaluate import heldout_loss
 
@@ -43,8 +46,13 @@ def test_what_is_said_of_a_shipped_model_is_true_of_what_was_stored(trained: Pat
     assert known["extra"]["fingerprint"] == subject.model.fingerprint() == subject.means.model
     assert (subject.model.fingerprint() == load_model(trained).fingerprint()) == (bigram == "float32")
     assert not (out / "model.safetensors").exists()
+    # The card is of what was stored, and the manifest says nothing of it.
+    card = (out / "README.md").read_text()
+    assert f"| held-out loss | {known['extra']['heldout_loss']:.3f} nats per token |" in card and "# shipped" in card
+    assert card == model_card(out) and str(tmp_path) not in card and "README.md" not in read_manifest(out)["files"]
     # Shipped again the same way it is the same model, to the bit.
     again = ship(out, tmp_path / "again", bigram=bigram)
+    assert "# again" in (again / "README.md").read_text()
     name = "model.sparse.safetensors"
     assert (again / name).read_bytes() == (out / name).read_bytes()
 
@@ -57,6 +65,30 @@ def test_tables_of_a_byte_an_entry_are_small_and_near(trained: Path, tmp_path: P
         losses[bigram] = read_manifest(out, "model")["provenance"]["extra"]["heldout_loss"]
     assert sizes["float32"] - sizes["int8"] == pytest.approx(3 * 262**2, rel=0.02)
     assert losses["float32"] != losses["int8"] == pytest.approx(losses["float32"], abs=2e-3)
+
+
+def test_a_card_that_the_manifest_lists_is_not_copied(trained: Path, tmp_path: Path) -> None:
+    folder = trained / "model"
+    (folder / "README.md").write_text("mine")
+    write_manifest(folder, Provenance(kind="model", command="a test", config={}, seed=3, data=None))
+    out = ship(trained, tmp_path / "shipped")
+    assert "README.md" not in read_manifest(out, "model")["files"] and "# shipped" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("position", ["none", "added"])
+def test_only_values_per_position_are_rounded(tmp_path: Path, trained: Path, position: str) -> None:
+    model = SparseTransformer.build(replace(SHAPE, position=position), seed=0).eval()
+    model.save_pretrained(trained / "model")
+    write_manifest(trained / "model", Provenance(kind="model", command="a test", config={}, seed=3, data=None))
+    subject = load_subject(ship(trained, tmp_path / "shipped", bigram="float32"))
+    exact = node_means(model, subject.sample[:, :-1])
+    assert subject.means.per_position == exact.per_position == (position == "added")
+    for location, values in exact.values.items():
+        torch.testing.assert_close(
+            subject.means.values[location], values.half().float() if exact.per_position else values
+        )
+    stored, _ = load_tensors(tmp_path / "shipped" / "means.safetensors", kind="means")
+    assert {one.dtype for one in stored.values()} == {torch.float16 if exact.per_position else torch.float32}
 
 
 def test_only_trained_models_in_folders_are_shipped(trained: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def tapped(model: Runnable, tap: Tap, before: Before | None = None) -> Iterator[
 
     A sparse model's run gets the tap as it is. A dense model's own modules are hooked: the tap is handed the residual
     sites alone, and what it returns takes effect at `{i}.resid_in` and `final_resid`; at `{i}.resid_mid`, which no hook
-    reaches, it is only shown the stream. `before` is called at the beginning of every pass.
+    reaches, it is only shown the stream. `before` is called at the beginning of every pass. A sparse model's runs with a
+    tap of their own are left alone.
     """
     if isinstance(model, SparseTransformer):
         if "run" in vars(model):
@@ -66,6 +67,8 @@ def tapped(model: Runnable, tap: Tap, before: Before | None = None) -> Iterator[
 
 
 def _run(model: SparseTransformer, tap: Tap, before: Before | None, tokens: Tensor, **options: Any) -> Tensor:
+    if "tap" in options:  # a run of somebody else's, such as a watch's own
+        return type(model).run(model, tokens, **options)
     if before is not None:
         before(tokens, options.get("past_key_values"), options.get("attention_mask"))
     return type(model).run(model, tokens, tap=tap, **options)
@@ -183,6 +186,8 @@ class LiveWatch(StoppingCriteria):
 
     def read(self, site: str, x: Tensor) -> Tensor:
         """What the tap does at one site: read, and where a flag was raised steer."""
+        if isinstance(self.model, DenseModel) and not self._fresh:
+            return x  # its parts are hooked, which `DenseModel.run` calls too; this is no pass of `generate`
         if self.steer is not None and bool(self.raised.any()):
             rows = self.raised.to(x.device).view(-1, *[1] * (x.dim() - 1))
             x = torch.where(rows, self.steer(site, x), x)
@@ -198,7 +203,7 @@ class LiveWatch(StoppingCriteria):
         # Records are made when somebody asks for them: the pass waits for nothing but the flags.
         given = not self._read or self._fresh > 1
         self._read.append((self._seen, scores, flags, self._real))
-        self._seen += self._fresh
+        self._seen, self._fresh = self._seen + self._fresh, 0
         if self.prompt or not given:
             self.raised = self.raised | flags.any(1).cpu()
 

@@ -47,13 +47,16 @@ class Upload:
         )
 
 
-def model_card(path_or_name: str | Path, *, license: str | None = None, repo: str | None = None) -> str:
+def model_card(
+    path_or_name: str | Path, *, license: str | None = None, repo: str | None = None, name: str | None = None
+) -> str:
     """The card of a model in a folder, as Markdown with the hub's metadata on top.
 
     Arguments:
         path_or_name: model folder, run folder, or short name of a shipped model.
         license: identifier of the licence, such as mit; none: the card says none.
         repo: name on the hub, for the lines that show how to load it.
+        name: what the card calls it; None: as the hub does, or as its folder is called.
 
     Raises ValueError for no model folder, ArtifactError (one too) for a manifest that is damaged or of another version.
     """
@@ -64,12 +67,12 @@ def model_card(path_or_name: str | Path, *, license: str | None = None, repo: st
     ours = config.get("model_type") == SparseTransformerConfig.model_type
     tags = ["distill-bridges", "interpretability", *(["weight-sparse"] if ours else [])]
     head = ModelCardData(license=license, library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    name = (repo or str(Path(path_or_name).resolve().name)).split("/")[-1]
+    name = name or (repo or Path(path_or_name).resolve().name).split("/")[-1]
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
         _opening(ours, known.get("config", {}).get("train", {}).get("kept")),
-        _usage(repo or name, ours),
+        _usage(repo or f"path/to/{name}", ours),
         _architecture(config) if ours else "",
         _training(known, record),
         _data(known.get("extra", {}).get("corpus", {})),

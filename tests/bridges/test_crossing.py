@@ -169,3 +169,10 @@ def test_circuits_that_are_known_are_taken_only_where_they_fit(
     assert _is_wanted(circuit, sparse, PruneConfig(target=0.15))
     assert not _is_wanted(circuit, dense, PruneConfig(target=0.15))
     assert not _is_wanted(circuit, sparse, PruneConfig(target=0.1))
+    # One that was made before there was a setting had its default; ablation values of other text are other values.
+    settings = {name: value for name, value in circuit.provenance["config"].items() if name != "screen"}
+    old = replace(circuit, provenance={**circuit.provenance, "config": settings})
+    assert _is_wanted(old, sparse, PruneConfig(target=0.15))
+    assert not _is_wanted(old, sparse, PruneConfig(target=0.15, screen=PruneConfig().screen + 1))
+    elsewhere = replace(sparse, means=replace(sparse.means, data="0" * 64))
+    assert not _is_wanted(circuit, elsewhere, PruneConfig(target=0.15))

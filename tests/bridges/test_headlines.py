@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from bridges import CompareConfig
 from bridges.headlines import HEADLINES, Found, Setting, command_line, save, table
-from bridges.headlines.baselines import baselines
+from bridges.headlines.baselines import _picture, baselines
 from bridges.headlines.circuits import _interval, bars, edges, necessity
 from bridges.headlines.models import _wider, frontier, kurtosis
 from distill.artifact import read_record
@@ -75,6 +75,14 @@ def test_the_command_says_what_differs(tmp_path: Path) -> None:
 def test_bars_are_as_many_as_sizes() -> None:
     (axes,) = bars({"a": [10, 0], "b": [5, 7]}, ["x", "y"]).axes
     assert [patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle)] == [10, 1, 5, 7]
+
+
+def test_a_ratio_at_the_end_of_its_interval_is_drawn() -> None:
+    one = {"edge_ratio_geomean": 3.0, "edge_ratio_interval": (3.0000000000000004, 3.0000000000000004)}
+    none = {"edge_ratio_geomean": 2.0, "edge_ratio_interval": None}
+    row = {"what": "a model", "gap": 0.0, "targets": {"asked": one, "relative": none}}
+    (axes,) = _picture({"dense": row}, 0.15).axes
+    assert len(axes.containers) == 2
 
 
 @pytest.fixture(scope="module")

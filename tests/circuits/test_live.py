@@ -175,6 +175,22 @@ def test_padding_is_neither_flagged_nor_logged(kind: str, request: pytest.Fixtur
     assert [event.position for event in live.events if event.row == 1] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["sparse", "gpt2"])
+def test_what_others_run_meanwhile_is_not_watched(kind: str, request: pytest.FixtureRequest) -> None:
+    """As `Watch.score` does, on the model that is watched; every pass of it is above the threshold."""
+    model = request.getfixturevalue(kind)
+    watch = replace(watch_of(model) if kind == "sparse" else stream_watch(model), threshold=-1.0)
+    if isinstance(model, DenseModel):  # read where `run` passes a hook too
+        watch = replace(watch, rows={"final_resid": torch.eye(3, 16)}, places={"final_resid": torch.arange(3)})
+    alone = watch.score(model, PROMPT)
+    with LiveWatch(watch, model) as live:
+        text = generate(model, tokens=1)
+        before = live.events
+        assert torch.equal(watch.score(model, PROMPT).strength, alone.strength)
+        assert live.events == before and len(before) == PROMPT.numel() and not bool(live.raised.any())
+    assert text.shape == (2, 4)
+
+
 def test_embeddings_instead_of_tokens_are_refused(gpt2: DenseModel) -> None:
     with LiveWatch(stream_watch(gpt2), gpt2), pytest.raises(ValueError, match="allowed are input_ids"):
         gpt2.hf(inputs_embeds=torch.zeros(1, 2, 16))

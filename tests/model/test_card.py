@@ -76,6 +76,7 @@ def test_a_card_is_made_from_the_record(model: Path) -> None:
     ):
         assert line in card.content.splitlines(), line
     assert "converted from" not in card.content
+    assert "# other" in model_card(model, name="other").splitlines()
 
 
 def test_the_card_of_a_dense_counterpart_does_not_call_it_sparse() -> None:

@@ -25,6 +25,12 @@ def test_models_are_shipped(models: Path, recipe: Recipe, capsys: pytest.Capture
     assert recipe("ship", [*argv, "--overwrite"]) == 0
 
 
+def test_a_shipped_one_is_known_by_its_short_name(recipe: Recipe, tmp_path: Path) -> None:
+    """With its bridges, where it has any."""
+    assert recipe("ship", ["--model", "student", "--out", tmp_path / "student"]) == 0
+    assert load_bridged(tmp_path / "student")[2].source.endswith("dense_gpt2")
+
+
 def test_a_student_is_shipped_with_its_bridges(
     models: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -38,6 +44,8 @@ def test_a_student_is_shipped_with_its_bridges(
     assert extra["heldout_loss"] == pytest.approx(info.metrics["student_ce"], abs=0.5)
     assert load_subject(tmp_path / "student").means.model == student.fingerprint()
     assert not list((tmp_path / "student").glob("checkpoint*"))
+    cards = list((tmp_path / "student").rglob("README.md"))
+    assert cards == [tmp_path / "student" / "README.md"] and cards[0].read_text().count("# student\n") == 1
     for change, said in (
         (["--dense", models / "dense"], "bridges were fitted to"),
         (["--model", models / "gpt2", "--dense", "x"], "dense: "),

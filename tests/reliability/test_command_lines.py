@@ -174,6 +174,14 @@ def by_hand() -> Iterator[tuple[str, list[str], str]]:
     yield "convert", ["to-openai", "sparse", "--out", "{file}"], "out"
     yield "convert", ["to-openai", "sparse", "--out", "x", "--target", "0.5"], "target"
     yield "convert", ["import-viz", NOWHERE, "--out", "x"], "model"
+    yield "ship", ["--model", NOWHERE, "--out", "x"], NOWHERE
+    yield "ship", ["--model", "{file}", "--out", "x"], "file"
+    yield "ship", ["--model", "{full}", "--out", "x"], "full"
+    yield "ship", ["--model", "sparse", "--out", "{file}"], "file"
+    yield "ship", ["--model", "sparse", "--out", "{file}/inside"], "file"
+    yield "ship", ["--model", "sparse", "--out", "{full}", "--overwrite"], "manifest.json"
+    yield "ship", ["--model", "sparse", "--out", "x", "--dense", "dense_gpt2"], "dense"
+    yield "ship", ["--model", "student", "--out", "x", "--dense", NOWHERE], NOWHERE
     yield "publish", ["--model", "sparse", "--repo", "one", "--dry-run"], "repo"
     yield "publish", ["--model", NOWHERE, "--repo", "me/mine", "--dry-run"], NOWHERE
 
