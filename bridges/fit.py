@@ -39,6 +39,7 @@ from distill.model.transformer import LARGEST_BIGRAM, Architecture, SparseTransf
 from distill.training.log import make_engine
 from distill.training.plot import PICTURE, plot_run
 from distill.training.pretrain import COMPACT_BELOW, SAMPLE_WINDOWS, check_way, make_way, start_folder
+from distill.training.process import hardware
 from distill.training.sparsity import sparse_parameters, sparsity_report
 from distill.training.trainer import TrainConfig, train
 
@@ -213,7 +214,10 @@ def fit_bridges(
         config={**settings, "training": asdict(training)},
         seed=training.seed,
         data=data.fingerprint,
-        extra={"data": dict(data.record)},
+        extra={
+            "data": dict(data.record),
+            "hardware": hardware(next(student.parameters()).device, engine.num_processes),
+        },
     )
     sparse = {f"student.{name}": parameter for name, parameter in sparse_parameters(student).items()}
     modules = nn.ModuleDict({"student": student, "bridges": bridges})
@@ -257,6 +261,7 @@ def _write(
         "tokens": training.steps * training.batch * training.context,
         "sparsity": sparsity_report(sparse) if training.kept < 1 else {},
         "corpus": provenance.extra["data"],
+        "hardware": provenance.extra["hardware"],
     }
     known, compact = replace(provenance, kind="model", extra=facts), training.kept < COMPACT_BELOW
     save_bridged(folder, made.student, made.bridges, record, made.metrics, provenance=known, compact=compact, **options)

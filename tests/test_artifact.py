@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
     assert manifest["format_version"] == artifact.FORMAT_VERSION
     assert manifest["provenance"]["config"] == {"rate": 0.1, "out": "a"}
     assert manifest["provenance"]["extra"] == {"note": "x"}
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     assert names(out.parent) == ["a"]
 
 
@@ -371,7 +372,7 @@ def test_tensors_round_trip(tmp_path: Path, shapes: dict[str, Any], extra: Any) 
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
     assert metadata["format_version"] == artifact.FORMAT_VERSION
-    assert metadata["versions"]["torch"] == torch.__version__
+    assert metadata["versions"]["torch"] == version("torch")
 
 
 def test_tensors_with_shared_memory_and_gradients(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def tapped(model: Runnable, tap: Tap, before: Before | None = None) -> Iterator[
 
     A sparse model's run gets the tap as it is. A dense model's own modules are hooked: the tap is handed the residual
     sites alone, and what it returns takes effect at `{i}.resid_in` and `final_resid`; at `{i}.resid_mid`, which no hook
-    reaches, it is only shown the stream. `before` is called at the beginning of every pass. A sparse model's runs with a
-    tap of their own are left alone.
+    reaches, it is only shown the stream. `before` is called at the beginning of every pass. A sparse model's runs with
+    a tap of their own are left alone.
     """
     if isinstance(model, SparseTransformer):
         if "run" in vars(model):
@@ -66,7 +66,7 @@ def tapped(model: Runnable, tap: Tap, before: Before | None = None) -> Iterator[
         yield
 
 
-def _run(model: SparseTransformer, tap: Tap, before: Before | None, tokens: Tensor, **options: Any) -> Tensor:
+def _run(model: SparseTransformer, tap: Tap, before: Before | None, /, tokens: Tensor, **options: Any) -> Tensor:
     if "tap" in options:  # a run of somebody else's, such as a watch's own
         return type(model).run(model, tokens, **options)
     if before is not None:

@@ -315,9 +315,13 @@ def check_watch(path: str | Path, tensors: Mapping[str, Tensor], head: Mapping[s
     if n == 0 or bool((tensors["spread"] <= 0).any()):
         raise ArtifactError(f"{path}: spread must be above 0, for one node or more")
     rows, places = _under("rows", tensors), _under("places", tensors)
-    seen = torch.cat([place.reshape(-1) for place in places.values()]).tolist() if places else list(range(n))
-    fits = rows.keys() == places.keys() and bool(rows) == ("offset" in tensors) and sorted(seen) == list(range(n))
-    if not fits or any(row.dim() != 2 or len(row) != len(places[site]) for site, row in rows.items()):
+    fits = rows.keys() == places.keys() and bool(rows) == ("offset" in tensors)
+    fits = fits and all(one.dim() == 1 and one.dtype == torch.int64 for one in places.values())
+    seen = torch.cat(list(places.values())).tolist() if fits and places else list(range(n))
+    fits = fits and sorted(seen) == list(range(n))
+    fits = fits and all(row.dim() == 2 and row.is_floating_point() and len(row) == len(places[site])
+                        and bool(row.isfinite().all()) for site, row in rows.items())  # fmt: skip
+    if not fits:
         raise ArtifactError(f"{path}: rows and places do not say where each of the {n} numbers is read")
     if not rows:
         for name in names:

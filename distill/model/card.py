@@ -71,7 +71,7 @@ def model_card(
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
-        _opening(ours, known.get("config", {}).get("train", {}).get("kept")),
+        _opening(ours, _settings(known).get("kept")),
         _usage(repo or f"path/to/{name}", ours),
         _architecture(config) if ours else "",
         _training(known, record),
@@ -133,6 +133,13 @@ def _folder(path_or_name: str | Path) -> Path:
     return folder
 
 
+def _settings(known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How it was trained: `train` in the record of a model, `training` in that of a student, beside its bridges'."""
+    config = known.get("config", {})
+    found = config.get("train", config.get("training"))
+    return found if isinstance(found, Mapping) else {}
+
+
 def _opening(ours: bool, kept: float | None) -> str:
     if not ours:
         return "A dense language model, trained to be taken apart beside weight-sparse ones."
@@ -164,7 +171,7 @@ def _training(known: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """How it was made and how well it does, as far as its manifest says."""
     if not known:
         return ""
-    extra, train = known.get("extra", {}), known.get("config", {}).get("train", {})
+    extra, train = known.get("extra", {}), _settings(known)
     sparsity = extra.get("sparsity", {})
     facts = {
         "made by": f"`{known['command']}`",

@@ -281,6 +281,7 @@ def test_the_student_is_a_model_folder_that_says_how_it_was_made(
     assert known["provenance"]["command"] == "a test" and known["provenance"]["data"] == data.fingerprint
     assert known["provenance"]["extra"]["heldout_loss"] == made.metrics["student_ce"]
     assert known["provenance"]["extra"]["tokens"] == 2 * 8 * 12
+    assert "threads on" in known["provenance"]["extra"]["hardware"]
     assert known["provenance"]["config"]["training"]["steps"] == 2
 
 

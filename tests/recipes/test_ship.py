@@ -46,6 +46,7 @@ def test_a_student_is_shipped_with_its_bridges(
     assert not list((tmp_path / "student").glob("checkpoint*"))
     cards = list((tmp_path / "student").rglob("README.md"))
     assert cards == [tmp_path / "student" / "README.md"] and cards[0].read_text().count("# student\n") == 1
+    assert "| steps | 12 |" in cards[0].read_text() and "| hardware | " in cards[0].read_text()
     for change, said in (
         (["--dense", models / "dense"], "bridges were fitted to"),
         (["--model", models / "gpt2", "--dense", "x"], "dense: "),

@@ -47,6 +47,7 @@ def kept_seeds(test: Callable[..., None]) -> Callable[..., None]:
         3417,
         3624,
         5431,
+        50088,
     ):
         test = example(seed=seed)(test)
     return test

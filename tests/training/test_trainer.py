@@ -17,7 +17,7 @@ from torch import nn
 
 from distill.artifact import ArtifactError, Provenance
 from distill.model import kernels, linear_path
-from distill.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint
+from distill.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from distill.training.optim import make_optimizer
 from distill.training.sparsity import sparse_parameters
 from distill.training.trainer import TrainConfig, TrainingError, train, tune_malloc
@@ -272,6 +272,15 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     other = nn.Linear(2, 2)
     with pytest.raises(ArtifactError, match="other modules"):
         load_checkpoint(checkpoints(tmp_path)[-1], other, make_optimizer(other, {}))
+    foreign, before = tmp_path / "foreign", {name: one.clone() for name, one in net.state_dict().items()}
+    weights = {name: torch.zeros_like(one) for name, one in before.items()}
+    moments = {"stranger/exp_avg": torch.ones(2)}
+    known = Provenance(kind="run", command="a test", config={}, seed=0, data=None)
+    options = {"candidates": {}, "state": {}, "provenance": known, "keep": 1}
+    save_checkpoint(foreign, 1, (weights, moments), **options)
+    with pytest.raises(ArtifactError, match="holds moments of 'stranger', which is no parameter"):
+        load_checkpoint(checkpoints(foreign)[-1], net, optimizer)
+    assert all(torch.equal(one, before[name]) for name, one in net.state_dict().items())
     state = checkpoints(tmp_path)[-1] / "state.json"
     state.write_text(state.read_text().replace('"step": 20', '"step": 21'))
     with pytest.raises(ArtifactError, match="sha256"):
