@@ -18,9 +18,9 @@ MOST = 0.1
 """Share of the dense forward that the watch may take on top of it."""
 NODES = 96
 """Channels that are read, spread over the residual sites: more than the circuits of the shipped student need."""
-SHAPES = ((128, 3, (4, 128)), (768, 12, (1, 128)), (768, 12, (1, 1)))
-"""Width and layers of the dense model, sequences and tokens of a pass: the shipped GPT-2; the size of GPT-2 small,
-reading a prompt, and generating."""
+SHAPES = ((128, 3, (4, 128)), (128, 3, (1, 1)), (768, 12, (1, 128)), (768, 12, (1, 1)))
+"""Width and layers of the dense model, sequences and tokens of a pass: the shipped GPT-2 and the size of GPT-2 small,
+each reading text and generating. At one token of a model so small the calls of Python decide, not the dot products."""
 
 
 def watch_of(dense: DenseModel) -> Watch:
