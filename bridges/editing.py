@@ -307,6 +307,11 @@ def bridged_maker(dense: Subject, student: Subject, bridges: Bridges, circuit: C
         drawn = [names_of(one) for one in random_sets(nodes, student.means, POOL * count, generator)]
         # A channel of positions may be drawn, which stands for nothing in the dense model.
         pool = [make(names) for names in drawn if len(carried(names, bridges)) == len(names)]
+        if len(pool) < count:
+            raise ValueError(
+                f"controls: got {count}, but of {len(drawn)} sets of random nodes only {len(pool)} have counterparts in "
+                f"the dense model; allowed are up to {len(pool)}"
+            )
         return moving_alike(edit, pool, write_moments(dense, list(edit.bases)), count)
 
     return Maker(candidates=carried(circuit.node_names, bridges), make=make, random=random)

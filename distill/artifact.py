@@ -102,7 +102,7 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
     if (writer := sweep(path)) not in (0, os.getpid()):
         raise ArtifactError(f"{path}: is being written by another run (process {writer})")
     check_free(path, provenance.kind, replace=replace)
-    partial = partial_of(path)
+    partial, owner = partial_of(path), os.getpid()
     try:
         partial.mkdir()
     except FileExistsError:
@@ -110,6 +110,8 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
     with _claimed(partial):
         with disk_errors(path):
             yield partial
+        if os.getpid() != owner:
+            raise ArtifactError(f"{path}: is finished by the process that began it ({owner}), not by one forked from it")
         if (partial / MANIFEST).exists():
             raise ArtifactError(f"{path}: {MANIFEST} is written by the folder itself, choose another file name")
         write_manifest(partial, provenance)

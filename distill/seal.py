@@ -12,6 +12,7 @@ from typing import Any
 from distill.fingerprint import ArtifactError
 
 SEAL = "seal"
+_DIGITS = 2 * hashlib.sha256().digest_size
 _OUTSIDE = (SEAL, "format_version")
 """Not under the seal: versions are checked by themselves, before anything else is looked at."""
 
@@ -24,6 +25,17 @@ def seal_of(record: Mapping[str, Any]) -> str:
 
 
 def check_seal(path: str | Path, record: Mapping[str, Any], what: str) -> None:
-    """`ArtifactError` naming the file where an object has a seal that is not its own."""
-    if SEAL in record and record[SEAL] != seal_of(record):
+    """`ArtifactError` naming the file where an object has a seal that is not its own.
+
+    A seal under a changed name is one too: it is known by being the hash of all else.
+    """
+    broken = SEAL in record and record[SEAL] != seal_of(record)
+    if SEAL not in record:
+        broken = any(
+            isinstance(value, str)
+            and len(value) == _DIGITS
+            and value == seal_of({key: other for key, other in record.items() if key != name})
+            for name, value in record.items()
+        )
+    if broken:
         raise ArtifactError(f"{path}: {what} is not what was written, its seal does not fit: changed or damaged")

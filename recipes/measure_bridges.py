@@ -80,13 +80,8 @@ def run(options: Options) -> None:
         skip_first=has_sink(dense, train[:8, :-1]),
         mixtures=options.mixtures,
     )
-    provenance = Provenance(
-        kind="report",
-        command="recipes/measure_bridges.py",
-        config=asdict(options),
-        seed=options.seed,
-        data=data.fingerprint,
-    )
+    provenance = Provenance(kind="report", command="recipes/measure_bridges.py", config=asdict(options),
+                            seed=options.seed, data=data.fingerprint)  # fmt: skip
     with fresh_folder(options.out, provenance, replace=True) as place:
         write_json(place / "bridges.json", metrics)
         plot_metrics(metrics, place / "bridges.png")

@@ -136,7 +136,8 @@ def labelled_code(
     count = len(joined["tokens"])
     limit = min(limit, count)
     luck = torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rows = ((torch.arange(limit) + luck) * count / limit).long().clamp_max(count - 1)
+    # Stretches of no whole length may share the window at their border.
+    rows = ((torch.arange(limit) + luck) * count / limit).long().clamp_max(count - 1).unique()
     return LabelledCode(**{name: value[rows] for name, value in joined.items()})
 
 

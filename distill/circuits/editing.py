@@ -283,7 +283,7 @@ def _unbiased(
     if isinstance(model, SparseTransformer) or (one.shift if isinstance(one, Change) else one.value) == 0:
         return None
     if isinstance(one, Cut):
-        name, found = one.source, maps[split_node(one.source)[0], split_node(one.target)[0]]
+        name, found = one.source, maps.get((split_node(one.source)[0], split_node(one.target)[0]), ())
     else:
         name, location = one.node, split_node(one.node)[0]
         end = 0 if _behind(parts, one) else 1

@@ -37,13 +37,17 @@ with lock(run), fresh_folder(report, origin):
     time.sleep(600)
 """
 SHARED = """
-import importlib.util, os, sys
+import importlib.util, os, sys, time
 from distill.circuits import sweep as sweeps
 from distill.command import run
 prune = sweeps.prune
 def noted(model, task, tokenizer, means, config, **more):
     with open(sys.argv[1], "a") as file:
         file.write(f"{task.name} {config.seed} {os.getpid()}\\n")
+    # Or the first to have started would be done with all of them before the last one has.
+    late = time.monotonic() + 300
+    while len({line.split()[2] for line in open(sys.argv[1])}) < 4 and time.monotonic() < late:
+        time.sleep(0.1)
     return prune(model, task, tokenizer, means, config, **more)
 sweeps.prune = noted
 spec = importlib.util.spec_from_file_location("sweep_circuits", sys.argv[2])

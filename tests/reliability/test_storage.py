@@ -58,6 +58,17 @@ def test_a_changed_bit_is_noticed(
     assert faults(known, tmp_path, lambda raw: flip(raw, random.Random(seed))) == []
 
 
+@pytest.mark.parametrize("place", range(len("seal")))
+@pytest.mark.parametrize("bit", range(8))
+def test_a_seal_under_a_changed_name_is_noticed(place: int, bit: int, tmp_path: Path) -> None:
+    artifact.write_record(tmp_path / "a.json", {"verdict": "holds", "sha": "0" * 64})
+    raw = (tmp_path / "a.json").read_bytes()
+    at = raw.index(b'"seal"') + 1 + place
+    (tmp_path / "a.json").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+    with pytest.raises(ArtifactError):
+        artifact.read_record(tmp_path / "a.json", what="card")
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
