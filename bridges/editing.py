@@ -309,8 +309,8 @@ def bridged_maker(dense: Subject, student: Subject, bridges: Bridges, circuit: C
         pool = [make(names) for names in drawn if len(carried(names, bridges)) == len(names)]
         if len(pool) < count:
             raise ValueError(
-                f"controls: got {count}, but of {len(drawn)} sets of random nodes only {len(pool)} have counterparts in "
-                f"the dense model; allowed are up to {len(pool)}"
+                f"controls: got {count}, but of {len(drawn)} sets of random nodes only {len(pool)} have counterparts "
+                f"in the dense model; allowed are up to {len(pool)}"
             )
         return moving_alike(edit, pool, write_moments(dense, list(edit.bases)), count)
 

@@ -111,7 +111,7 @@ def fresh_folder(path: str | Path, provenance: Provenance, *, replace: bool = Fa
         with disk_errors(path):
             yield partial
         if os.getpid() != owner:
-            raise ArtifactError(f"{path}: is finished by the process that began it ({owner}), not by one forked from it")
+            raise ArtifactError(f"{path}: is finished by the process that began it ({owner}), not by its child")
         if (partial / MANIFEST).exists():
             raise ArtifactError(f"{path}: {MANIFEST} is written by the folder itself, choose another file name")
         write_manifest(partial, provenance)

@@ -116,6 +116,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def several_on_cpus() -> bool:
+    """Whether this is one of several processes on a machine without an accelerator.
+
+    Accelerate has to be told so; otherwise each of them works as if it were alone.
+    """
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
 def pick_device(name: str) -> "torch.device":
     """The device of that name; "auto" is the first GPU where there is one, else the CPU.
 

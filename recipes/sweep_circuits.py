@@ -1,7 +1,7 @@
 """Circuits for many models, tasks, seeds and targets: a table, or Pareto curves.
 
     python recipes/sweep_circuits.py --model sparse dense --task single_double_quote if_equals --seeds 0 1 2
-    accelerate launch --num_processes 2 recipes/sweep_circuits.py --model sparse dense --seeds 0 1 2 3 4
+    torchrun --nproc_per_node 2 recipes/sweep_circuits.py --model sparse dense --seeds 0 1 2 3 4
     python recipes/sweep_circuits.py --task while_return_true --targets 0.5 0.25 0.15 0.1 0.05 0.02 0.01 0.005 0.002
 
 Writes {task}.{model}.{seed}.circuit.safetensors with its scorecard, and sweep.json. Run it again to go on where it was

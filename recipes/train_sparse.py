@@ -2,7 +2,7 @@
 
     python recipes/train_sparse.py --corpus stdlib --out runs/sparse
     python recipes/train_sparse.py --preset paper --dry-run
-    accelerate launch recipes/train_sparse.py --stream --corpus hf:NAME#content idioms --weights 0.7 0.3
+    torchrun --nproc_per_node 2 recipes/train_sparse.py --stream --corpus hf:NAME#content idioms --weights 0.7 0.3
 
 Without arguments it trains on the Python standard library, at a size for two cores. The packed corpus and its tokenizer
 lie beside the run folder, in {out}.tokens, for other trainings to take; with --stream the text is read on the way, and

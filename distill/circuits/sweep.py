@@ -1,6 +1,6 @@
-"""Sweeps: circuits for many models, tasks and seeds at once, by as many processes as accelerate starts.
+"""Sweeps: circuits for many models, tasks and seeds at once, by as many processes as torchrun or accelerate start.
 
-    accelerate launch --num_processes 4 recipes/sweep_circuits.py --model sparse dense --task for_while --seeds 0 1 2
+    torchrun --nproc_per_node 4 recipes/sweep_circuits.py --model sparse dense --task for_while --seeds 0 1 2
 
 Each process takes a stretch of the jobs, in which jobs of one model lie together. Each job ends with files of its own,
 so that a sweep that was broken off goes on where it stood: circuits that lie there are taken, and it is an error if
@@ -30,6 +30,7 @@ from distill.circuits.selection import TargetError
 from distill.circuits.settings import PruneConfig
 from distill.circuits.subject import Subject, load_subject
 from distill.circuits.tasks import Task, load_task
+from distill.command import several_on_cpus
 
 RECORD = ".sweep.json"
 """Ending of a job's record, beside its circuit."""
@@ -88,7 +89,7 @@ def sweep(config: SweepConfig, out: Path) -> list[dict[str, Any]]:
     `.circuit.safetensors` and `.sweep.json`, and in the end `sweep.json` with all records. CircuitMismatchError for a
     circuit that lies there already and is of another model; ValueError for one that was made with other settings.
     """
-    state = PartialState(cpu=config.device == "cpu")
+    state = PartialState(cpu=config.device == "cpu" or several_on_cpus())
     jobs = [
         Job(model=model, task=load_task(task), config=replace(config.prune, seed=seed))
         for model, task, seed in product(config.models, config.tasks, config.seeds)

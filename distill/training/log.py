@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from distill.artifact import ArtifactError, append_line, write_text
+from distill.command import several_on_cpus
 from distill.training.settings import TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -26,7 +27,7 @@ def make_engine(config: TrainConfig, folder: Path) -> Accelerator:
             raise ValueError(
                 f"trackers: got {name!r}, allowed are those installed: {', '.join(installed) or 'none is'}"
             )
-    return Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
+    return Accelerator(cpu=several_on_cpus(), log_with=list(config.trackers) or None, project_dir=folder)
 
 
 class Log:

@@ -37,17 +37,13 @@ with lock(run), fresh_folder(report, origin):
     time.sleep(600)
 """
 SHARED = """
-import importlib.util, os, sys, time
+import importlib.util, os, sys
 from distill.circuits import sweep as sweeps
 from distill.command import run
 prune = sweeps.prune
 def noted(model, task, tokenizer, means, config, **more):
     with open(sys.argv[1], "a") as file:
         file.write(f"{task.name} {config.seed} {os.getpid()}\\n")
-    # Or the first to have started would be done with all of them before the last one has.
-    late = time.monotonic() + 300
-    while len({line.split()[2] for line in open(sys.argv[1])}) < 4 and time.monotonic() < late:
-        time.sleep(0.1)
     return prune(model, task, tokenizer, means, config, **more)
 sweeps.prune = noted
 spec = importlib.util.spec_from_file_location("sweep_circuits", sys.argv[2])
@@ -167,8 +163,7 @@ def test_a_sweep_shared_by_four_processes_does_each_job_once(tmp_path: Path) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "4", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", str(port)]
     argv = ["--model", tmp_path / "planted", "--task", tmp_path / "opener.jsonl", "--seeds", *range(10), "--device",
             "cpu", "--prune.steps", "8", "--prune.val-pairs", "8", "--prune.verify-pairs", "8", "--no-checks",
             "--out", tmp_path / "out"]  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.artifact import read_manifest
 from distill.model import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +136,7 @@ def test_spread_parameters_are_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_recipe_is_launched_by_accelerate(tmp_path: Path, stream: bool) -> None:
+def test_the_recipe_is_launched_by_torchrun(tmp_path: Path, stream: bool) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(60):
@@ -144,9 +145,7 @@ def test_the_recipe_is_launched_by_accelerate(tmp_path: Path, stream: bool) -> N
     recipe = [str(ROOT / "recipes" / "train_sparse.py"), "--preset", "tiny", "--corpus", str(texts), "--seed", "1",
               "--vocab-size", "300", "--architecture.d-head", "8", "--architecture.context", "32",
               "--config.context", "32", "--linear-path", "dense", *(["--stream"] if stream else [])]  # fmt: skip
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--main_process_port", str(free_port())]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     for name, argv in (("one", recipe), ("two", [*launcher, *recipe])):
         done = subprocess.run(
             [sys.executable, *argv, "--out", str(tmp_path / name)],
@@ -154,6 +153,8 @@ def test_the_recipe_is_launched_by_accelerate(tmp_path: Path, stream: bool) -> N
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("held-out loss") == 1
+        extra = read_manifest(tmp_path / name / "model")["provenance"]["extra"]
+        assert ("2 processes" in extra["hardware"]) == (name == "two")
     models = [dict(load_model(tmp_path / name).named_parameters()) for name in ("one", "two")]
     assert overlap(*models) >= 0.99
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
