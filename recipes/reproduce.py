@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bridges import CompareConfig, load_lineup
-from bridges.headlines import HEADLINES, Setting, command_line, save, table
+from bridges.headlines import HEADLINES, Setting, command_line, family_names, save, table
 from distill import command, load_subject, load_task
 from distill.artifact import Provenance, default_out, write_manifest, write_text
 from distill.circuits.tasks import task_names
@@ -59,13 +59,13 @@ def reproduce(options: Options) -> None:
     if options.list:
         return print("\n".join(f"{one.name:16}{one.source}: {one.claim}\n{'':16}holds where {one.rule}"
                                for one in HEADLINES.values()))  # fmt: skip
-    tasks = tuple(load_task(name) for name in options.task)
+    tasks, family = tuple(load_task(name) for name in options.task), family_names(options.family)
     device = str(command.pick_device(options.device))
     lineup = load_lineup(options.model, options.dense, device=device)
     setting = Setting(
         sparse=tuple(lineup.subjects[: len(options.model)]),
         dense=tuple(lineup.subjects[len(options.model) :]),
-        family=tuple(load_subject(one, name=Path(one).name, device=device) for one in options.family),
+        family=tuple(load_subject(path, name=name, device=device) for name, path in family.items()),
         bridge=options.bridge,
         tasks=tasks,
         config=replace(options.config, prune=replace(options.config.prune, target=options.target, seed=options.seed)),

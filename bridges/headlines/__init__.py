@@ -13,13 +13,13 @@ from bridges.headlines.baselines import BASELINES
 from bridges.headlines.bridge import BRIDGE
 from bridges.headlines.circuits import CIRCUITS
 from bridges.headlines.models import MODELS
-from bridges.headlines.setting import Found, Headline, Setting
+from bridges.headlines.setting import Found, Headline, Setting, family_names
 from distill.artifact import write_record
 
 HEADLINES: Mapping[str, Headline] = {one.name: one for one in (*CIRCUITS, *BASELINES, *MODELS, *BRIDGE)}
 """All of them, by name."""
 
-__all__ = ["HEADLINES", "Found", "Headline", "Setting", "command_line", "save", "table"]
+__all__ = ["HEADLINES", "Found", "Headline", "Setting", "command_line", "family_names", "save", "table"]
 
 
 def save(name: str, found: Found, folder: Path, more: Mapping[str, Any]) -> None:

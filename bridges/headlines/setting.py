@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from bridges.compare import CompareConfig, Comparison, compare
 from bridges.lineup import load_pair
 from bridges.maps import Bridges
+from bridges.ratios import arm_of
 from distill.artifact import fingerprint
 from distill.circuits.circuit import SUFFIX, Circuit
 from distill.circuits.subject import Subject
@@ -101,6 +102,21 @@ class Setting:
         if relative:
             config = replace(config, relative=True, prune=replace(config.prune, target=OUT_OF_REACH))
         return self.compared(subjects or self.pair, config)
+
+
+def family_names(paths: Sequence[str]) -> dict[str, str]:
+    """What further models are called, by name: as their folders, with `other_` before what would read as an arm.
+
+    ValueError for two folders of one name.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        name = Path(path).name
+        name = name if arm_of(name) is None else f"other_{name}"
+        if name in found:
+            raise ValueError(f"family: {found[name]} and {path} have one name; allowed are folders of different names")
+        found[name] = path
+    return found
 
 
 def searching(comparison: Comparison) -> float:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 from bridges import CompareConfig
-from bridges.headlines import HEADLINES, Found, Setting, command_line, save, table
+from bridges.headlines import HEADLINES, Found, Setting, command_line, family_names, save, table
 from bridges.headlines.baselines import _picture, baselines
 from bridges.headlines.circuits import _interval, bars, edges, necessity
 from bridges.headlines.models import _wider, frontier, kurtosis
@@ -206,3 +206,11 @@ def test_a_dense_model_that_misses_the_target_has_no_eligible_task(setting: Sett
     asked = found.record["dense"]["dense"]["targets"]["asked"]
     assert asked["tasks_eligible"] == [] and asked["edge_ratio_geomean"] is None and found.holds is None
     assert all(target > 1e-7 for _, target in searched)
+
+
+def test_further_models_are_not_taken_for_arms() -> None:
+    assert family_names(["a/wide", "sparse", "b/dense_2", "dense_gpt2"]) == {
+        "wide": "a/wide", "other_sparse": "sparse", "other_dense_2": "b/dense_2", "dense_gpt2": "dense_gpt2",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="family: a/wide and b/wide have one name"):
+        family_names(["a/wide", "b/wide"])
