@@ -165,8 +165,10 @@ def crossing_lines(record: Mapping[str, Any]) -> list[str]:
                 f"{site['ceiling']:.2f}; each at its best site{control}; {crossed['pairs']} pairs, "
                 f"{crossed['skipped']} passed over, of unequal length or tokens that do not fit)"
             )
+        elif crossed and crossed["accuracy"] is None:
+            lines.append(f"{task}: no interchange, none of {crossed['skipped']} pairs has prompts of equal length")
         elif crossed:
-            lines.append(f"{task}: no interchange, the dense model is right on {crossed['accuracy'] or 0:.0%} only")
+            lines.append(f"{task}: no interchange, the dense model is right on {crossed['accuracy']:.0%} only")
         if found := row.get("correspondence"):
             low, middle, high = found["caused_random"]
             lines.append(

@@ -72,6 +72,9 @@ def test_an_interchange_says_whether_it_speaks_for_the_student(unrelated: float,
     assert "random channels 0.20, p 0.25" in line and "class means" not in line
     weak = {"interchange": {"sites": [], "best": None, "accuracy": 0.7}}
     assert crossing_lines({"tasks": {"a": weak}}) == ["a: no interchange, the dense model is right on 70% only"]
+    none = {"interchange": {"sites": [], "best": None, "accuracy": None, "pairs": 0, "skipped": 32}}
+    (line,) = crossing_lines({"tasks": {"a": none}})
+    assert line == "a: no interchange, none of 32 pairs has prompts of equal length"
 
 
 def test_long_names_move_no_column() -> None:
